@@ -1,0 +1,172 @@
+"""The method: every loss of ST-AR (arXiv 2509.15185), equation by equation.
+
+    L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2                                                (Eq. 8)
+
+L_AR is next-token prediction. The student computes it while a random part of its keys is hidden (Eq. 3); L_MIM pulls
+its last layer towards that of an unmasked EMA teacher (Eq. 4); L_step and L_view make a middle-layer feature tell
+its own image from the others of the batch, as seen from another step (Eq. 6) or another view (Eq. 7) by the
+teacher. Nothing of this is left at sampling time.
+
+Plain functions of tensors; they run on a CPU and need no process group. Every choice is tagged "paper:" where the
+paper states it, "our choice:" where it leaves room.
+
+Shapes in comments: B images on this process, B_all images on all of them, V views of each image, T tokens,
+K sampled positions, C width, S slots (see `info_nce`). The order of a (B V) axis is image-major: row b V + m.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+# ------------------------------------------------------------------------------------------------------------
+# What is drawn at random in every step
+# ------------------------------------------------------------------------------------------------------------
+
+
+def sample_key_mask(batch: int, num_tokens: int, ratio: float, generator: torch.Generator) -> torch.Tensor:
+    """The sequence masks of Eq. 3: bool (batch, T), True where a key is hidden from all queries.
+
+    paper: a random fraction r of the positions, one set for all queries, heads and layers, anew in each step.
+    our choice: exactly round(r (T - 1)) of the positions 1 ... T - 1. Position 0, the class, stays visible: it is
+    the only key of the first query, whose row would otherwise be empty. A masked token's own query loses it too.
+    Raises ValueError unless 0 <= r < 1.
+    """
+    if not 0 <= ratio < 1:
+        raise ValueError(f"the mask ratio must lie in [0, 1), not {ratio}.")
+    order = torch.rand(batch, num_tokens - 1, generator=generator, device=generator.device).argsort(1)
+    masked = order < round(ratio * (num_tokens - 1))  # the rank of each position in a random order
+    return F.pad(masked, (1, 0))
+
+
+def sample_positions(num_tokens: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """The K positions of Eq. 5, int64 (K,), distinct.
+
+    our choice: from 1 ... T - 1, the same for the whole batch, anew in each step. Position 0 has seen the class
+    alone, so that all images of a class would be the same there.
+    Raises ValueError unless 1 <= K < T.
+    """
+    if not 1 <= count < num_tokens:
+        raise ValueError(f"K = {count} positions cannot be drawn from the {num_tokens - 1} that follow the class.")
+    return torch.randperm(num_tokens - 1, generator=generator, device=generator.device)[:count] + 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The losses
+# ------------------------------------------------------------------------------------------------------------
+
+
+def ar_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Next-token prediction; logits (B, T, V) of positions 0 ... T - 1, tokens (B, T) = x_1 ... x_T. In nats.
+
+        L_AR = -1/T sum_t log p_theta(x_t | c, x_<t)                                                   (Eq. 2)
+    """
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+
+
+def mim_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Masked image modelling in feature space; outputs of the last block, (B, T, C) each. In [0, 2].
+
+        L_MIM = 1/T sum_t D(h_t, h'_t),   D(a, b) = 1 - a.b / (|a| |b|)                                (Eq. 4)
+
+    h: student, keys masked; h': teacher, nothing masked, no gradient; both on the same tokens.
+    our choice: the raw block output, before the final norm.
+    """
+    return 1 - F.cosine_similarity(student.float(), teacher.float().detach(), dim=-1).mean()
+
+
+def projector(dim: int) -> nn.Sequential:
+    """f of Eq. 5, student only: an MLP of three linear layers, width C throughout.
+
+    our choice: LayerNorm where SimSiam has BatchNorm, which would tie the processes together.
+    """
+    return nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.SiLU(),
+                         nn.Linear(dim, dim), nn.LayerNorm(dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
+             offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """InfoNCE over slots; anchors (S, B, C), targets (S, B_all, C). Returns the loss and the accuracy in [0, 1].
+
+        -1/(S B) sum_s sum_b log  exp(a_sb . t_sb / tau) / sum_b' exp(a_sb . t_sb' / tau)
+
+    A slot is one pairing of (view, position) with (view, position). In it the positive of image b is the same
+    image's target, found at `offset` + b, and its negatives are the targets of all other images.
+    our choice: features are L2-normalised, the temperature is ours to choose (the paper prints none); float32.
+    The accuracy is the share of anchors closest to their positive.
+    """
+    a, t = F.normalize(anchors.float(), dim=-1), F.normalize(targets.float().detach(), dim=-1)
+    logits = a @ t.mT / temperature  # (S, B, B_all)
+    S, B, B_all = logits.shape
+    positive = torch.arange(offset, offset + B, device=logits.device).repeat(S)  # (S B,)
+    logits = logits.view(S * B, B_all)
+    return F.cross_entropy(logits, positive), (logits.argmax(1) == positive).float().mean()
+
+
+def step_loss(z: torch.Tensor, h: torch.Tensor, temperature: float,
+              offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inter-step contrast; z = f(student) (V, K, B, C), h = teacher (V, K, B_all, C). Loss and accuracy.
+
+        L_step = InfoNCE(z^(m,i), h'^(m,j)),   m a view, i != j two of the K positions                 (Eq. 6)
+
+    our choice: all K (K - 1) ordered pairs count. Raises ValueError unless K >= 2.
+    """
+    if len(z[0]) < 2:
+        raise ValueError("the step loss needs at least two positions, K >= 2.")
+    i, j = (~torch.eye(len(z[0]), dtype=torch.bool, device=z.device)).nonzero(as_tuple=True)
+    return info_nce(z[:, i].flatten(0, 1), h[:, j].flatten(0, 1), temperature, offset)  # S = V K (K - 1)
+
+
+def view_loss(z: torch.Tensor, h: torch.Tensor, temperature: float,
+              offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inter-view contrast; z = f(student) (V, K, B, C), h = teacher (V, K, B_all, C). Loss and accuracy.
+
+        L_view = InfoNCE(z^(i,k), h'^(j,k)),   i != j two views, k one of the K positions              (Eq. 7)
+
+    Raises ValueError unless V >= 2.
+    """
+    if len(z) < 2:
+        raise ValueError("the view loss needs at least two views, V >= 2.")
+    i, j = (~torch.eye(len(z), dtype=torch.bool, device=z.device)).nonzero(as_tuple=True)
+    return info_nce(z[i].flatten(0, 1), h[j].flatten(0, 1), temperature, offset)  # S = V (V - 1) K
+
+
+def total_loss(terms: dict[str, torch.Tensor], alpha: float, beta: float) -> torch.Tensor:
+    """L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2; an absent term is zero, the /2 stays.      (Eq. 8)"""
+    contrast = terms.get("step", 0) + terms.get("view", 0)
+    return terms["ar"] + alpha * terms.get("mim", 0) + beta * contrast / 2
+
+
+def label_accuracy(classes: torch.Tensor) -> torch.Tensor:
+    """What InfoNCE accuracy copying the label alone would reach; classes (B_all,), as the model saw them.
+
+    Both anchor and target know the class, so a guess among the images of the same class is free. Logged beside the
+    contrastive accuracies: only what exceeds it is understanding of the image.
+    """
+    same = classes[:, None] == classes
+    return (1 / same.sum(1)).mean()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Between student and teacher, and between processes
+# ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    """theta' <- m theta' + (1 - m) theta for all parameters, in float32, once per optimizer step."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
+
+
+@torch.no_grad()
+def gather_images(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Concatenate x of all processes along its image axis `dim`, in rank order: B -> B_all. No gradient.
+
+    Only teacher features and labels pass through here, so that the images of all processes are negatives; those of
+    rank r start at r B. The identity without a process group.
+    """
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim)

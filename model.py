@@ -1,0 +1,363 @@
+"""The transformer of ST-AR: LlamaGen's class-conditional GPT (arXiv 2406.06525), unchanged.
+
+A Llama-style decoder over VQ tokens: RMSNorm, SwiGLU, 2D rotary positions, no biases. Position 0 holds the class c
+(or the null class, index num_classes), position p > 0 the token x_p, and position p predicts x_{p+1}. ST-AR
+(arXiv 2509.15185) trains this model with extra losses (losses.py) and adds nothing to it but the key mask of Eq. 3.
+Parameter names are LlamaGen's, so its published checkpoints load strictly and its tools read ours.
+
+    python model.py    # the size table
+
+Shapes in comments: B batch, T tokens per image, V vocabulary, C width, H heads, D head size, L layers,
+t positions of this call, s positions attended to.
+"""
+
+import argparse
+import math
+import os
+import pickle
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ------------------------------------------------------------------------------------------------------------
+# Configuration
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Structure of one model; defaults are LlamaGen's at 256 px."""
+    n_layer: int
+    n_head: int
+    dim: int  # C
+    vocab_size: int = 16384  # V
+    num_classes: int = 1000  # without the null class
+    num_tokens: int = 256  # T, a square number
+    dropout: float = 0.1  # of tokens, attention outputs and feed-forward outputs, in train mode
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_head
+
+    @property
+    def ffn_dim(self) -> int:
+        return math.ceil(int(8 * self.dim / 3) / 256) * 256  # SwiGLU: 2/3 of 4 C, rounded up to 256
+
+    @property
+    def grid(self) -> int:
+        return math.isqrt(self.num_tokens)
+
+
+SIZES = {  # name: (n_layer, n_head, dim)
+    "nano": (4, 3, 96),
+    "tiny": (6, 4, 256),
+    "small": (12, 6, 384),
+    "B": (12, 12, 768),  # LlamaGen's table from here on
+    "L": (24, 16, 1024),
+    "XL": (36, 20, 1280),
+    "XXL": (48, 24, 1536),
+    "3B": (24, 32, 3200),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Layers
+# ------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in float32, cast back, times a learned weight."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+def rope_table(config: ModelConfig) -> torch.Tensor:
+    """Cosines and sines of the 2D rotary positions, float32 (1 + T, D/2, 2).
+
+    The first half of the D/2 pairs turns with the row, the second with the column, at base^(-2j / (D/2)).
+    LlamaGen: the class token's factors are zero, not the identity. Its query and key vanish, so every query gives
+    position 0 the logit 0; only its value counts.
+    """
+    half = config.head_dim // 2
+    frequencies = config.rope_base ** -(torch.arange(0, half, 2).float() / half)  # (D/4,)
+    angles = torch.arange(config.grid).float()[:, None] * frequencies  # (grid, D/4)
+    rows = angles.repeat_interleave(config.grid, 0)  # raster order: the row changes last
+    columns = angles.repeat(config.grid, 1)
+    turn = torch.cat([rows, columns], 1)  # (T, D/2)
+    table = torch.stack([turn.cos(), turn.sin()], -1)
+    return torch.cat([torch.zeros_like(table[:1]), table])
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Turn the interleaved pairs of x (B, t, ..., D) by `table` (t, D/2, 2), in float32; same shape and dtype."""
+    t, half = table.shape[:2]
+    cos, sin = table.view(t, *[1] * (x.ndim - 3), half, 2).unbind(-1)
+    a, b = x.float().unflatten(-1, (half, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; `allowed` (B or 1, 1, t, s) says which query may see which key."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = (config.n_head, config.head_dim)
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, table, allowed, plain_causal, past, explicit):
+        qkv = self.wqkv(x).unflatten(-1, (3, *self.heads))  # (B, t, 3, H, D)
+        q, k = rotate(qkv[:, :, :2], table).permute(2, 0, 3, 1, 4)  # (B, H, t, D) each
+        v = qkv[:, :, 2].transpose(1, 2)
+        if past is not None:
+            k, v = past(k, v)  # (B, H, s, D): earlier keys and values, then these
+        if explicit:  # softmax(Q K^T / sqrt(D) + causal + mask) V, written out
+            logits = q @ k.mT * self.heads[1] ** -0.5  # (B, H, t, s)
+            weights = logits.masked_fill(~allowed, -math.inf).softmax(-1)
+            y = weights @ v
+        else:
+            weights = None
+            y = F.scaled_dot_product_attention(q, k, v, None if plain_causal else allowed, is_causal=plain_causal)
+        return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2))), weights
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.ffn_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention, then pre-norm feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x, *how):
+        y, weights = self.attention(self.attention_norm(x), *how)
+        x = x + y
+        return x + self.feed_forward(self.ffn_norm(x)), weights
+
+
+class ClassEmbedding(nn.Module):
+    """num_classes rows and a last one for the null class; a module of its own for LlamaGen's parameter name."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
+
+    def forward(self, classes):
+        return self.embedding_table(classes)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The model
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class KVCache:
+    """Keys and values of all layers for the first `length` positions of a batch that is being generated."""
+    k: torch.Tensor  # (L, B, H, T, D)
+    v: torch.Tensor
+    length: int = 0
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (B, H, t, D) behind `length`; returns all keys and values so far, (B, H, s, D)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Output(NamedTuple):
+    """What a forward returns; the parts that were not asked for are None or empty."""
+    logits: torch.Tensor | None  # (B, t, V) float32
+    hidden: dict[int, torch.Tensor]  # {n: output of the n-th block, (B, t, C)}
+    attention: list[torch.Tensor]  # per layer (B, H, t, s), rows sum to 1
+
+
+class Transformer(nn.Module):
+    """See the head of this file. In eval mode no dropout; nothing else depends on the mode."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.dim % (4 * config.n_head) or config.grid ** 2 != config.num_tokens:
+            raise ValueError(f"width {config.dim} must be a multiple of 4 x {config.n_head} heads, and "
+                             f"{config.num_tokens} tokens a square number.")
+        self.config = config
+        self.cls_embedding = ClassEmbedding(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_buffer("rope", rope_table(config), persistent=False)
+        causal = torch.ones(config.num_tokens, config.num_tokens, dtype=torch.bool).tril()
+        self.register_buffer("causal", causal, persistent=False)
+        for module in self.modules():  # LlamaGen: N(0, 0.02) everywhere, but a zero head: the first loss is ln V
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, tokens: torch.Tensor, classes: torch.Tensor, *, key_mask: torch.Tensor | None = None,
+                layers: tuple[int, ...] = (), head: bool = True, return_attention: bool = False,
+                cache: KVCache | None = None) -> Output:
+        """Run the positions of [c, x_1 ... x_n].
+
+        tokens   (B, n) int64 with 0 <= n < T, the tokens known so far
+        classes  (B,) int64, final class indices; num_classes is the null class. Nothing is dropped in here
+        key_mask (B, 1 + n) bool, True where a key is hidden from every query, Eq. 3; never at position 0
+        layers   blocks whose outputs to return, 1 ... n_layer
+        head     whether to compute logits
+        return_attention  whether to return attention weights, from the explicit path instead of the fused one
+        cache    from `new_cache`: positions already in it are not run again, and the results are those of the
+                 remaining positions only
+        """
+        start = cache.length if cache is not None else 0
+        end = tokens.shape[1] + 1
+        x = self.tok_embeddings(tokens[:, max(start - 1, 0):])  # (B, n, C), or what the cache lacks of it
+        if start == 0:
+            x = torch.cat([self.cls_embedding(classes)[:, None], x], 1)  # (B, t, C)
+        x = self.tok_dropout(x)
+
+        allowed = self.causal[None, None, start:end, :end]  # (1, 1, t, s)
+        if key_mask is not None:
+            allowed = allowed & ~key_mask[:, None, None, :]  # (B, 1, t, s): Eq. 3
+        plain_causal = key_mask is None and start == 0  # the fused kernel then needs no mask
+        hidden, attention = {}, []
+        for n, layer in enumerate(self.layers[:None if head else max(layers)], 1):  # as far as is needed
+            past = partial(cache.append, n - 1) if cache is not None else None
+            x, weights = layer(x, self.rope[start:end], allowed, plain_causal, past, return_attention)
+            if n in layers:
+                hidden[n] = x
+            if return_attention:
+                attention.append(weights)
+        if cache is not None:
+            cache.length = end
+        return Output(self.output(self.norm(x)).float() if head else None, hidden, attention)
+
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty KV cache for `batch` sequences, in the weights' dtype and on their device."""
+        config, weight = self.config, self.output.weight
+        shape = (config.n_layer, batch, config.n_head, config.num_tokens, config.head_dim)
+        return KVCache(weight.new_empty(shape), weight.new_empty(shape))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints: {"model": student, "ema": teacher, "config": run config, ...}
+# ------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: str | Path, content: dict) -> None:
+    """torch.save `content` to a temporary file beside `path`, then rename: `path` is never half-written.
+
+    Raises OSError, in one sentence, if it cannot be written; an older `path` then stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error}); free some space, the previous file is untouched.") from error
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The content of a checkpoint file, ours or LlamaGen's, on the CPU; only plain data and tensors are unpickled.
+
+    A bare state dict is returned as {"model": state dict}.
+    Raises FileNotFoundError or ValueError, in one sentence, if `path` holds no class-conditional transformer.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in LlamaGen's training checkpoints: "args"
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
+    content = content if isinstance(content, dict) else {}
+    if "tok_embeddings.weight" in content:
+        content = {"model": content}
+    state = content.get("model", {})
+    if "cls_embedding.embedding_table.weight" not in state:
+        found = "a VQ tokenizer" if "quantize.embedding.weight" in state else \
+            "a text-conditional model" if "cls_embedding.uncond_embedding" in state else "something else"
+        raise ValueError(f"{path} holds {found}; expected a class-conditional transformer.")
+    return content
+
+
+def load_model(path: str | Path, ema: bool = False, image_size: int = 256, device="cpu") -> tuple[Transformer, dict]:
+    """A transformer in eval mode and the rest of its checkpoint. Strict: every tensor must fit.
+
+    `ema` chooses the teacher's weights. Our checkpoints carry their config. From LlamaGen's, width, depth, vocabulary
+    and classes are read off the tensors, heads off `SIZES`, the token count off "freqs_cis" or "args" where they
+    are present, else off `image_size` (downsampling 16).
+    Raises FileNotFoundError or ValueError, in one sentence, if `path` is not such a file or lacks EMA weights.
+    """
+    content = load_checkpoint(path)
+    if ema and "ema" not in content:
+        raise ValueError(f"{path} has no EMA weights; leave out --ema.")
+    state = dict(content["ema" if ema else "model"])
+    table = state.pop("freqs_cis", None)  # a stray attribute in some of LlamaGen's files
+    if "model_config" in content:
+        config = ModelConfig(**content["model_config"])
+    else:
+        vocab_size, dim = state["tok_embeddings.weight"].shape
+        n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+        heads = [h for layers, h, width in SIZES.values() if (layers, width) == (n_layer, dim)]
+        if not heads:
+            raise ValueError(f"{path}: {n_layer} layers of width {dim} are none of LlamaGen's sizes.")
+        args = vars(content.get("args", argparse.Namespace()))
+        side = args.get("image_size", image_size) // args.get("downsample_size", 16)
+        tokens = len(table) - 1 if table is not None else side ** 2
+        num_classes = len(state["cls_embedding.embedding_table.weight"]) - 1
+        config = ModelConfig(n_layer, heads[0], dim, vocab_size, num_classes, tokens)
+    model = Transformer(config)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {config}: {str(error).splitlines()[1].strip()}") from None
+    rest = {key: value for key, value in content.items() if key not in ("model", "ema")}
+    return model.eval().to(device), rest
+
+
+def main() -> None:
+    """Print the size table."""
+    print(f"{'size':6} {'layers':>6} {'heads':>5} {'width':>5} {'parameters':>14}")
+    for name, (n_layer, n_head, dim) in SIZES.items():
+        quick = dict(vocab_size=1024, num_classes=200) if name in ("nano", "tiny", "small") else {}
+        with torch.device("meta"):
+            model = Transformer(ModelConfig(n_layer, n_head, dim, **quick))
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{name:6} {n_layer:6} {n_head:5} {dim:5} {count:14,}  ({count / 1e6:.1f}M)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Generate images from a trained model: temperature, top-k, top-p, classifier-free guidance, KV cache.
+
+ST-AR (arXiv 2509.15185) does not change sampling; this is LlamaGen's (arXiv 2406.06525, generate.py), token for token.
+
+    python sample.py runs/tiny --classes 3 7 7 --cfg 2.0 --seed 0             # a captioned grid
+    torchrun --nproc-per-node 8 sample.py runs/tiny --num 50000 --npz out.npz   # for fid.py, in ADM's layout
+    python sample.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k 2000
+
+Shapes in comments: B images, T tokens, V vocabulary, S side in pixels.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import tokenizer
+from model import Transformer, load_model
+
+# ------------------------------------------------------------------------------------------------------------
+# Tokens
+# ------------------------------------------------------------------------------------------------------------
+
+
+def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Set the logits (B, V) outside the top k, then outside the nucleus of mass p, to -inf.
+
+    LlamaGen: top_k 0 keeps all, ties with the k-th stay; the nucleus is taken of what top-k left, and the token that
+    crosses p is kept.
+    """
+    if top_k > 0:
+        threshold = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        beyond = ordered.softmax(-1).cumsum(-1) > top_p
+        beyond = torch.cat([torch.zeros_like(beyond[:, :1]), beyond[:, :-1]], 1)  # shifted: keep the crossing token
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    return logits
+
+
+@torch.no_grad()
+def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg_interval: int = -1,
+             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+             generator: torch.Generator | None = None) -> torch.Tensor:
+    """Codes (B, T) int64 for `classes` (B,) int64, from a model in eval mode.
+
+    cfg           guidance scale s: logits = u + s (c - u), u under the null class; guidance is off at s <= 1
+    cfg_interval  LlamaGen: guide the first cfg_interval + 2 tokens only; -1 guides all
+    temperature   divides the logits; 0 takes the likeliest token
+    generator     on the model's device; the default is torch's global one
+    """
+    B, T, guided = len(classes), model.config.num_tokens, cfg > 1
+    if guided:  # the second half of the batch runs the same tokens under the null class
+        classes = torch.cat([classes, torch.full_like(classes, model.config.num_classes)])
+    cache = model.new_cache(len(classes))
+    tokens = torch.empty(B, T, dtype=torch.long, device=classes.device)
+    for p in range(T):
+        known = tokens[:, :p]
+        logits = model(torch.cat([known, known]) if guided else known, classes, cache=cache).logits[:, -1]
+        if guided:
+            conditional, unconditional = logits.chunk(2)
+            inside = cfg_interval < 0 or p < cfg_interval + 2
+            logits = unconditional + (conditional - unconditional) * cfg if inside else conditional
+        if temperature == 0:
+            tokens[:, p] = logits.argmax(-1)
+            continue
+        probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
+        tokens[:, p] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    return tokens
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images
+# ------------------------------------------------------------------------------------------------------------
+
+
+def sample_images(model: Transformer, vq: tokenizer.VQModel, classes: torch.Tensor, seed: int, **settings) -> np.ndarray:
+    """uint8 (B, S, S, 3) for `classes` (B,); `settings` as `generate` takes them. A function of its arguments."""
+    device = model.output.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    codes = generate(model, classes.to(device), generator=generator, **settings)
+    with torch.no_grad():
+        return tokenizer.to_uint8(torch.cat([vq.decode(part) for part in codes.split(16)])).cpu().numpy()
+
+
+def save_samples(path: Path, model: Transformer, vq: tokenizer.VQModel, classes: list[int], names: list[str],
+                 seed: int, **settings) -> None:
+    """Write a grid of one image per entry of `classes`, captioned with its name."""
+    pixels = sample_images(model, vq, torch.tensor(classes), seed, **settings)
+    tokenizer.save_image(path, tokenizer.image_grid(pixels, min(10, len(classes)), [names[c] for c in classes]))
+
+
+def save_npz(path: Path, model: Transformer, vq: tokenizer.VQModel, count: int, batch: int, seed: int,
+             protocol: dict, **settings) -> None:
+    """Write `count` class-balanced images to an .npz in ADM's layout: arr_0 uint8 (N, S, S, 3), arr_1 labels int64 (N,),
+    and `protocol`, a JSON string with every sampling setting.
+
+    Under torchrun each process makes every WORLD_SIZE-th batch and rank 0 joins them; no process group is needed,
+    the images do not depend on the number of processes, and a killed run goes on where it was.
+    """
+    rank, world = tokenizer.rank_and_world()
+    labels = torch.arange(count) * model.config.num_classes // count  # class-balanced, in class order
+    protocol = json.dumps({**protocol, **settings, "seed": seed, "batch": batch, "num": count}, sort_keys=True)
+    folder = path.with_name(f".{path.name}-{tokenizer.digest(protocol)}")
+    parts = [folder / f"{start:07d}.npy" for start in range(0, count, batch)]
+    for part in tqdm(parts[rank::world], "sampling", disable=rank != 0, unit="batch"):
+        if not part.exists():
+            start = int(part.stem)
+            pixels = sample_images(model, vq, labels[start:start + batch], seed + start, **settings)
+            tokenizer.write_file(part, lambda file: np.save(file, pixels))
+    if rank == 0:
+        while not all(part.exists() for part in parts):
+            time.sleep(0.2)
+        images = np.concatenate([np.load(part) for part in parts])
+        tokenizer.write_file(path, lambda file: np.savez(file, arr_0=images, arr_1=labels.numpy(), protocol=protocol))
+        for part in parts:
+            part.unlink()
+        folder.rmdir()
+
+
+def open_run(args: argparse.Namespace) -> tuple[Transformer, tokenizer.VQModel, list[str], str]:
+    """(model, tokenizer, class names, name) of a run folder or of two files, as the command line names them.
+
+    Raises FileNotFoundError or ValueError, in one sentence, if they are missing or do not belong together.
+    """
+    path = Path(args.run) / "checkpoint.pt" if args.run else Path(args.gpt)
+    model, rest = load_model(path, args.ema, args.image_size, args.device)
+    vq_path = args.vq or (Path(args.run) / "tokenizer.pt" if args.run else "")
+    if not args.vq and "config" in rest and not Path(vq_path).exists():
+        vq_path = rest["config"]["tokenizer"]
+    vq = tokenizer.load_tokenizer(vq_path, args.device)
+    if vq.config.codebook_size != model.config.vocab_size:
+        raise ValueError(f"{vq_path} has {vq.config.codebook_size} codes, but {path} was trained on "
+                         f"{model.config.vocab_size}: they do not belong together.")
+    data = rest.get("data", {})
+    if data.get("tokenizer", (found := tokenizer.tokenizer_fingerprint(vq))) != found:
+        raise ValueError(f"{vq_path} is tokenizer {found}, but {path} was trained on codes of {data['tokenizer']}.")
+    names = data.get("classes", [f"class {c}" for c in range(model.config.num_classes)])
+    return model, vq, names, rest.get("config", {}).get("name") or path.stem
+
+
+def main() -> None:
+    """Parse the command line and run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", help="run folder, as in runs/tiny")
+    parser.add_argument("--gpt", help="LlamaGen checkpoint, instead of a run folder")
+    parser.add_argument("--vq", help="tokenizer file (default: the run's)")
+    parser.add_argument("--classes", type=int, nargs="+", help="one image for each of these classes (default: 20 of them)")
+    parser.add_argument("--num", type=int, help="with --npz: how many images, class-balanced")
+    parser.add_argument("--npz", type=Path, help="write images for fid.py here instead of a grid")
+    parser.add_argument("--out", type=Path, default="samples.png", help="grid to write (default samples.png)")
+    parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1: none")
+    parser.add_argument("--cfg-interval", type=int, default=-1, help="guide the first N + 2 tokens only; -1: all")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="0: all codes")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1: all codes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=100, help="images at once, with --npz")
+    parser.add_argument("--image-size", type=int, default=256, help="of LlamaGen checkpoints that do not tell")
+    parser.add_argument("--ema", action="store_true", help="the teacher's weights instead of the student's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if bool(args.run) == bool(args.gpt) or (args.gpt and not args.vq):
+        parser.error("name a run folder, or --gpt FILE and --vq FILE")
+    if bool(args.npz) != bool(args.num):
+        parser.error("--num and --npz go together")
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.batch < 1 or (args.num or 1) < 1:
+        parser.error("needed: temperature >= 0, 0 < top-p <= 1, top-k >= 0, batch and num >= 1")
+
+    model, vq, names, name = open_run(args)
+    settings = dict(cfg=args.cfg, cfg_interval=args.cfg_interval, temperature=args.temperature, top_k=args.top_k,
+                    top_p=args.top_p)
+    if args.npz:
+        protocol = {"model": name, "weights": "ema" if args.ema else "student"}
+        save_npz(args.npz, model, vq, args.num, args.batch, args.seed, protocol, **settings)
+        return
+    count = model.config.num_classes
+    classes = args.classes or [i * count // min(count, 20) for i in range(min(count, 20))]
+    if bad := [c for c in classes if not 0 <= c < count]:
+        raise ValueError(f"class {bad[0]} does not exist: {name} knows 0 ... {count - 1}.")
+    save_samples(args.out, model, vq, classes, names, args.seed, **settings)
+    print(f"{args.out}: {len(classes)} images from {name}, {'ema' if args.ema else 'student'} weights, cfg {args.cfg}, "
+          f"top-k {args.top_k}, top-p {args.top_p}, temperature {args.temperature}, seed {args.seed}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
+        sys.exit(f"sample.py: {error}")

@@ -1,0 +1,923 @@
+"""Images in, tokens out, images back: the reader, the VQ tokenizer, the token cache and the pictures.
+
+ST-AR (arXiv 2509.15185) models an image as a raster sequence of VQ codes x = q(I). This file is q and what surrounds
+it: reading image sets, the ten crops that serve as views, the VQ model (LlamaGen's, arXiv 2406.06525, and a small
+one in the same code), its training, the cache of codes that train.py reads, and PNG grids and line plots.
+
+    python tokenizer.py train --data shapes --image-size 32 --out tokenizer.pt
+    python tokenizer.py reconstruct --data shapes --tokenizer tokenizer.pt --out reconstructions.png
+    python tokenizer.py encode --data shapes --tokenizer tokenizer.pt --out cache/shapes
+    torchrun --nproc-per-node 8 tokenizer.py encode --data IMAGENET --image-size 256 --crop-ratios 1.1 1.05 \
+        --tokenizer vq_ds16_c2i.pt --out cache/imagenet
+
+Shapes in comments: N images, B batch, V views, S side in pixels, h x w the code grid, T = h w tokens, D code size.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import sys
+import time
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------------------
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's (rank, number of processes) as torchrun tells it; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def write_file(path: str | Path, write: Callable) -> None:
+    """Call `write(file)` on a temporary file beside `path`, then rename it: `path` is never half-written.
+
+    Raises OSError in one sentence if that fails (no space left, no permission); an older `path` then stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise OSError(f"cannot write {path} ({error}); free some space or choose another place.") from error
+
+
+TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_IMAGENET_SIZE = 248_100_043
+TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+def download_tiny_imagenet(path: str | Path, timeout: float = 15) -> None:
+    """Download Tiny ImageNet (248 MB) to `path`, checking size and md5; nothing happens if `path` exists.
+
+    Raises OSError if the server is silent for `timeout` seconds or sends something else.
+    """
+    def fetch(file):
+        digest, size = hashlib.md5(), 0
+        with urllib.request.urlopen(TINY_IMAGENET_URL, timeout=timeout) as response, \
+                tqdm(total=TINY_IMAGENET_SIZE, unit="B", unit_scale=True, desc="downloading images") as bar:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+                bar.update(len(chunk))
+        if size != TINY_IMAGENET_SIZE or digest.hexdigest() != TINY_IMAGENET_MD5:
+            raise OSError(f"{TINY_IMAGENET_URL} sent {size:,} bytes that are not the expected file")
+
+    if not Path(path).exists():
+        write_file(path, fetch)
+
+
+def find_images(data: str) -> str:
+    """`data` if it is given, else Tiny ImageNet in data/, downloaded if need be, else the built-in "shapes".
+
+    The last happens without network: a banner says so, and whoever calls must record it.
+    """
+    if data:
+        return data
+    path = Path("data/tiny-imagenet-200.zip")
+    try:
+        download_tiny_imagenet(path)
+        return str(path)
+    except OSError as error:
+        bar = "!" * 100
+        print(f"\n{bar}\n!! No Tiny ImageNet: {error}\n!! Put the file at {path}, or name images with --data.\n"
+              f"!! This run uses the built-in SHAPES instead: a demonstration, not evidence.\n{bar}\n")
+        return "shapes"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images in: folders, zips and the built-in shapes behind one reader
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One split of an image set: names and labels in memory, pixels decoded on demand by `read`."""
+    source: str  # what the user named: a path, or "shapes"
+    split: str  # "train" or "val"
+    names: list[str]  # N file names inside the source
+    labels: np.ndarray  # (N,) int64, indices into `classes`
+    classes: list[str]  # class names in label order
+    fingerprint: str  # 16 hex digits over names, file sizes and labels
+    read: Callable[[int], Image.Image]  # i -> RGB image; raises ValueError naming a file it cannot decode
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def open_images(source: str | Path, split: str = "train") -> ImageSet:
+    """Open the "train" or "val" split of a folder, of a zip (read in place), or of the built-in set "shapes".
+
+    Layouts, in the order tried: Tiny ImageNet (val/val_annotations.txt), ImageNet (train/<class>/* and, if
+    present, val/<class>/*), plain class folders (<class>/*). Where there are no validation images a fixed tenth
+    of each class, at most 50 images, is held out. Classes are numbered by sorted folder name, as torchvision does.
+    Raises FileNotFoundError or ValueError, in one sentence, if nothing usable is there.
+    """
+    if str(source) == "shapes":
+        return _shapes(split)
+    files, read_bytes = _list_files(Path(source))
+    images = [name for name in sorted(files) if name.lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp"))]
+
+    def by_folder(prefix):  # <prefix><class>/... -> {image name: class folder}
+        return {name: name[len(prefix):].split("/")[0] for name in images
+                if name.startswith(prefix) and "/" in name[len(prefix):]}
+
+    training = by_folder("train/") or by_folder("")
+    if "val/val_annotations.txt" in files:
+        lines = read_bytes("val/val_annotations.txt").decode().splitlines()
+        validation = {f"val/images/{name}": folder for name, folder, *_ in (line.split("\t") for line in lines)}
+    else:
+        validation = by_folder("val/") if by_folder("train/") else {}
+    if len(training) < 2:
+        raise ValueError(f"{source} holds {len(images)} image(s), {len(training)} of them in class folders; at "
+                         "least 2 are needed, laid out as <class>/*.jpg or train/<class>/*.jpg.")
+    if not validation:
+        validation = _hold_out(training)
+        training = {name: folder for name, folder in training.items() if name not in validation}
+
+    folders = sorted(set(training.values()))
+    number = {folder: i for i, folder in enumerate(folders)}
+    if unknown := sorted(set(validation.values()) - set(folders)):
+        raise ValueError(f"{source} has validation images of class {unknown[0]!r} but no training images of it.")
+    words = read_bytes("words.txt").decode().splitlines() if "words.txt" in files else []
+    words = {wnid: title.split(",")[0] for wnid, title in (line.split("\t", 1) for line in words)}
+
+    chosen = training if split == "train" else validation
+    names = sorted(chosen)
+    if missing := [name for name in names if name not in files]:
+        raise ValueError(f"{source} lists {missing[0]} in its annotations but does not hold it.")
+    labels = np.array([number[chosen[name]] for name in names], dtype=np.int64)
+    return ImageSet(str(source), split, names, labels, [words.get(folder, folder) for folder in folders],
+                    digest([(name, files[name], int(label)) for name, label in zip(names, labels)]),
+                    lambda i: _decode(read_bytes(names[i]), f"{source}/{names[i]}"))
+
+
+def _list_files(path: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
+    """{posix name: size in bytes} of all files below a folder or in a zip, and a function that reads one."""
+    if path.is_dir():
+        sizes = {Path(folder, name).relative_to(path).as_posix(): Path(folder, name).stat().st_size
+                 for folder, _, names in os.walk(path, followlinks=True) for name in names}
+        return sizes, lambda name: (path / name).read_bytes()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; --data takes a folder, a zip, or the word shapes.")
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path} is neither a folder nor a whole zip file (truncated download?).") from None
+    sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
+    tops = {name.split("/")[0] for name in sizes}  # a zip of one folder is read as that folder
+    top = f"{tops.pop()}/" if len(tops) == 1 and not any("/" not in name for name in sizes) else ""
+
+    def read(name):
+        try:
+            return archive.read(top + name)
+        except (zipfile.BadZipFile, zipfile.zlib.error, EOFError) as error:
+            raise ValueError(f"{path} is damaged at {name} ({error}); get the file again.") from None
+
+    return {name.removeprefix(top): size for name, size in sizes.items()}, read
+
+
+def _hold_out(training: dict[str, str]) -> dict[str, str]:
+    """A fixed tenth of each class, at most 50 images, at least 1 where a class has two."""
+    names_of: dict[str, list[str]] = {}
+    for name in sorted(training):
+        names_of.setdefault(training[name], []).append(name)
+    rng = np.random.default_rng(0)
+    return {name: folder for folder, names in sorted(names_of.items())
+            for name in rng.permutation(names)[:min(50, max(len(names) // 10, 1))].tolist() if len(names) > 1}
+
+
+def digest(value) -> str:
+    """16 hex digits over a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError(f"{name} is not a readable image; remove it, or pass --skip-corrupt to leave such "
+                         "images out.") from None
+
+
+def _outlines() -> dict[str, list[np.ndarray]]:
+    """Class name -> outlines in the unit disc, (points, 2); a second outline is a hole in the first."""
+    t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    circle = np.stack([np.cos(t), np.sin(t)], 1)
+    heart = np.stack([16 * np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t))], 1) / 17
+    star = circle[::6] * np.where(np.arange(10) % 2, 0.42, 1)[:, None]
+    cross = np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3)])
+    arrow = np.array([(0, -1), (.8, 0), (.3, 0), (.3, 1), (-.3, 1), (-.3, 0), (-.8, 0)])
+    return {"circle": [circle], "ring": [circle, circle * 0.55], "crescent": [circle, circle * 0.8 + (0.4, 0)],
+            "half disc": [circle[:31] - (0, 0.4)], "triangle": [circle[5::20]], "square": [circle[7::15]],
+            "hexagon": [circle[::10]], "star": [star], "cross": [np.concatenate([cross, -cross])],
+            "heart": [heart], "arrow": [arrow], "bar": [np.array([(-1, -.3), (1, -.3), (1, .3), (-1, .3)])]}
+
+
+_SHAPES = _outlines()
+_PALETTE = [(213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (240, 228, 66), (240, 240, 240)]
+
+
+def draw_shape(label: int, seed: tuple[int, ...], size: int = 64) -> Image.Image:
+    """One image of the built-in set: shape `label` (0 ... 11) at a random place, size, tilt and colour.
+
+    A function of its arguments alone. Colours are drawn independently of the class, from one small palette.
+    """
+    rng = np.random.default_rng(seed)
+    scale, tilt = rng.uniform(0.22, 0.36), rng.uniform(-0.45, 0.45)
+    centre = rng.uniform(0.36, 0.64, size=2)
+    turn = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
+    foreground = _PALETTE[rng.integers(len(_PALETTE))]
+    dark, light = rng.integers(20, 70, size=3), rng.integers(60, 120, size=3)
+    ramp = np.linspace(0, 1, 4 * size)[:, None, None]
+    background = np.broadcast_to((1 - ramp) * dark + ramp * light, (4 * size, 4 * size, 3)).astype(np.uint8)
+    mask = Image.new("L", (4 * size, 4 * size))
+    for fill, outline in zip((255, 0), _SHAPES[list(_SHAPES)[label]]):
+        points = (outline @ turn * scale + centre) * 4 * size
+        ImageDraw.Draw(mask).polygon([tuple(point) for point in points.tolist()], fill=fill)
+    image = Image.composite(Image.new("RGB", mask.size, foreground), Image.fromarray(background), mask)
+    return image.resize((size, size), Image.BOX)  # drawn at four times the size: smooth edges
+
+
+def _shapes(split: str) -> ImageSet:
+    count, code = {"train": (4800, 0), "val": (600, 1)}[split]
+    labels = np.arange(count, dtype=np.int64) % len(_SHAPES)
+    return ImageSet("shapes", split, [f"{split}/{i:05d}" for i in range(count)], labels, list(_SHAPES),
+                    digest(["shapes", 1, split, count]), lambda i: draw_shape(int(labels[i]), (code, i)))
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Shrink so that the shorter side is `size`, then cut the central (size, size) square (ADM, LlamaGen)."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def ten_crops(image: Image.Image, size: int, ratio: float) -> np.ndarray:
+    """The ten crops LlamaGen tokenises: four corners and centre of the image, then the same five of its mirror.
+
+    The image is first centre-cropped to int(size * ratio) pixels. Returns uint8 (10, S, S, 3).
+    """
+    side = int(size * ratio)
+    pixels = np.asarray(center_crop(image, side))
+    far, mid = side - size, round((side - size) / 2)  # round half to even, as torchvision's TenCrop does
+    corners = [(0, 0), (0, far), (far, 0), (far, far), (mid, mid)]
+    return np.stack([p[y:y + size, x:x + size] for p in (pixels, pixels[:, ::-1]) for y, x in corners])
+
+
+def views(image: Image.Image, size: int, ratios: tuple[float, ...]) -> np.ndarray:
+    """uint8 (V, S, S, 3): ten crops for each of `ratios`; the centre crop alone if there are none."""
+    if not ratios:
+        return np.asarray(center_crop(image, size))[None]
+    return np.concatenate([ten_crops(image, size, ratio) for ratio in ratios])
+
+
+def read_pixels(images: ImageSet, indices, transform: Callable, skip_corrupt: bool) -> list[np.ndarray | None]:
+    """[transform(image i) for i in indices], decoded in threads; with `skip_corrupt` None stands for bad ones.
+
+    Raises ValueError naming the first image that cannot be decoded, unless `skip_corrupt`, which prints it.
+    """
+    def read(i):
+        try:
+            return transform(images.read(i))
+        except ValueError as error:
+            if not skip_corrupt:
+                raise
+            print(f"skipped: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside Python's lock
+        return list(pool.map(read, indices))
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, S, S, 3) -> float (B, 3, S, S) in [-1, 1]."""
+    return pixels.movedim(-1, 1).float() / 127.5 - 1
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """float (B, 3, S, S) in [-1, 1] -> uint8 (B, S, S, 3), truncated as LlamaGen's sampler does."""
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).movedim(1, -1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The VQ model: LlamaGen's structure and parameter names (vq_model.py)
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Structure of a tokenizer; the defaults are LlamaGen's vq_ds16."""
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+    ch: int = 128  # channels at full resolution
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # per level; each level but the last halves the side
+    res_blocks: int = 2  # per encoder level; a decoder level has one more
+    z_channels: int = 256
+    groups: int = 32  # of the GroupNorms
+    attention: bool = True  # at the last level and in the middle
+
+    @property
+    def downsample(self) -> int:
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+VQ_CONFIGS = {
+    "vq_ds16": VQConfig(),
+    "vq_ds4": VQConfig(codebook_size=1024, ch=16, ch_mult=(1, 2, 4), res_blocks=1, z_channels=64, groups=8,
+                       attention=False),  # convolutions alone, so that one training serves every image size
+}
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, cin: int, cout: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # our choice: a block starts as the identity; + 0.5 dB after 300 steps
+        self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the h w places."""
+
+    def __init__(self, c: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2) for f in (self.q, self.k, self.v))  # each (B, c, hw)
+        weights = torch.softmax(q.mT @ k * q.shape[1] ** -0.5, dim=-1)  # (B, hw of q, hw of k)
+        return x + self.proj_out((v @ weights.mT).view_as(x))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # LlamaGen: one column and row of zeros, right and bottom only
+
+
+class Upsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, then a change of resolution where there is one."""
+
+    def __init__(self, cin: int, cout: int, blocks: int, attention: bool, groups: int):
+        super().__init__()
+        self.res = nn.ModuleList(ResnetBlock(cin if i == 0 else cout, cout, groups) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(cout, groups) for _ in range(blocks if attention else 0))
+        self.downsample = self.upsample = nn.Identity()
+
+    def forward(self, x):
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return self.upsample(self.downsample(x))
+
+
+def _middle(c: int, config: VQConfig) -> nn.ModuleList:
+    attention = [AttnBlock(c, config.groups)] if config.attention else []
+    return nn.ModuleList([ResnetBlock(c, c, config.groups), *attention, ResnetBlock(c, c, config.groups)])
+
+
+class Encoder(nn.Module):
+    """float (B, 3, S, S) -> (B, z_channels, h, w)."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            cin = config.ch if i == 0 else widths[i - 1]
+            level = Level(cin, width, config.res_blocks, config.attention and i == last, config.groups)
+            if i != last:
+                level.downsample = Downsample(width)
+            self.conv_blocks.append(level)
+        self.mid = _middle(widths[-1], config)
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in (*self.conv_blocks, *self.mid):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) -> float (B, 3, S, S), about [-1, 1]."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = [config.ch * m for m in reversed(config.ch_mult)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0], config)
+        self.conv_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            cin = widths[max(i - 1, 0)]
+            level = Level(cin, width, config.res_blocks + 1, config.attention and i == 0, config.groups)
+            if i != last:
+                level.upsample = Upsample(width)
+            self.conv_blocks.append(level)
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.conv_in(z)
+        for block in (*self.mid, *self.conv_blocks):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VectorQuantizer(nn.Module):
+    """The nearest of n codes on the unit sphere (LlamaGen: latents and codes are L2-normalised at every use)."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
+        self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
+        # the codes used last, oldest first: LlamaGen's usage window, and what `restart_dead_codes` looks at
+        self.register_buffer("codebook_used", torch.zeros(65536))
+
+    def codebook(self) -> torch.Tensor:
+        """(n, D), unit rows."""
+        return F.normalize(self.embedding.weight, dim=-1)
+
+    def forward(self, z):
+        """(B, D, h, w) -> quantised latents (B, D, h, w) with straight-through gradient, indices (B, T), loss.
+
+        LlamaGen: loss = mean (z_q - sg z)^2 + 0.25 mean (sg z_q - z)^2, the second being the commitment.
+        """
+        z = F.normalize(z.movedim(1, -1), dim=-1)  # (B, h, w, D)
+        flat, codes = z.reshape(-1, z.shape[-1]), self.codebook()
+        # |z|^2 + |e|^2 - 2 z e, although both norms are 1: rounded as LlamaGen's, so that ties fall the same way
+        distance = (flat ** 2).sum(1, keepdim=True) + (codes ** 2).sum(1) - 2 * flat @ codes.T
+        indices = distance.argmin(1).view(z.shape[:-1])
+        z_q = codes[indices]
+        loss = F.mse_loss(z_q, z.detach()) + 0.25 * F.mse_loss(z, z_q.detach())
+        z_q = z + (z_q - z).detach()
+        return z_q.movedim(-1, 1), indices.flatten(1), loss
+
+    @torch.no_grad()
+    def note_use(self, indices: torch.Tensor) -> None:
+        """Shift `indices` (any shape) into the usage window."""
+        recent = indices.flatten()[-len(self.codebook_used):]
+        self.codebook_used.copy_(torch.cat([self.codebook_used[len(recent):], recent.float()]))
+
+    @torch.no_grad()
+    def restart_dead_codes(self, latents: torch.Tensor) -> int:
+        """Move every code that the usage window lacks onto a random one of `latents` (M, D); returns how many."""
+        used = torch.bincount(self.codebook_used.long(), minlength=len(self.embedding.weight))
+        dead = (used == 0).nonzero().flatten()
+        chosen = torch.randint(len(latents), (len(dead),), device=latents.device)
+        self.embedding.weight[dead] = F.normalize(latents[chosen], dim=-1)
+        return len(dead)
+
+
+class VQModel(nn.Module):
+    """LlamaGen's image tokenizer: encoder, quantizer, decoder."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder, self.quantize = Encoder(config), Decoder(config), VectorQuantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+
+    def latents(self, x: torch.Tensor) -> torch.Tensor:
+        """float (B, 3, S, S) in [-1, 1] -> what is quantised, (B, D, h, w)."""
+        return self.quant_conv(self.encoder(x))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """float (B, 3, S, S) in [-1, 1] -> codes (B, T) int64, raster order."""
+        return self.quantize(self.latents(x))[1]
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """codes (B, T) of a square grid -> float (B, 3, S, S), about [-1, 1]."""
+        side = math.isqrt(codes.shape[1])
+        z_q = self.quantize.codebook()[codes].unflatten(1, (side, side))  # (B, h, w, D)
+        return self.decoder(self.post_quant_conv(z_q.movedim(-1, 1)))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """float (B, 3, S, S) -> reconstruction of the same shape, codes (B, T), codebook loss."""
+        z_q, indices, loss = self.quantize(self.latents(x))
+        return self.decoder(self.post_quant_conv(z_q)), indices, loss
+
+
+def save_tokenizer(path: str | Path, vq: VQModel, **extra) -> None:
+    """Write the tokenizer, its config and `extra` (plain values) to `path`."""
+    content = {"model": vq.state_dict(), "vq_config": asdict(vq.config), **extra}
+    write_file(path, lambda file: torch.save(content, file))
+
+
+def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
+    """A tokenizer in eval mode from our own file or from LlamaGen's published vq_ds16_c2i.pt, strictly.
+
+    Raises FileNotFoundError or ValueError, in one sentence, if `path` is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no tokenizer at {path}; train one with: python tokenizer.py train --out {path}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen's training checkpoints hold one
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a file of weights ({type(error).__name__}).") from None
+    state = content.get("model", content) if isinstance(content, dict) else {}
+    if "quantize.embedding.weight" not in state:
+        found = "a transformer" if "tok_embeddings.weight" in state else "neither tokenizer nor transformer"
+        raise ValueError(f"{path} holds {found}; expected a VQ tokenizer, such as vq_ds16_c2i.pt.")
+    codebook = state["quantize.embedding.weight"]
+    config = VQConfig(**content["vq_config"]) if "vq_config" in content else \
+        replace(VQConfig(), codebook_size=codebook.shape[0], codebook_dim=codebook.shape[1])
+    vq = VQModel(config)
+    try:
+        vq.load_state_dict(state)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip()
+        raise ValueError(f"{path} is a tokenizer of another structure than vq_ds16: {detail}") from None
+    return vq.eval().requires_grad_(False).to(device)
+
+
+def tokenizer_fingerprint(vq: VQModel) -> str:
+    """16 hex digits over the weights that decide codes and pictures."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vq.state_dict().items()):
+        if name != "quantize.codebook_used":
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training the tokenizer
+# ------------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["vq_ds4"], steps: int = 1000,
+                    batch: int = 64, lr: float = 2e-3, seed: int = 0, device="cpu",
+                    skip_corrupt: bool = False) -> VQModel:
+    """Train a tokenizer on random (size, size) crops and flips of `images`, at most 50,000 of them.
+
+    Loss: mean squared error + codebook and commitment loss (LlamaGen's, without its perceptual and adversarial
+    terms). Adam, warm-up over 5 % of the steps, cosine to zero. Codes that go unused are restarted on latents of
+    the current batch during the first three quarters. Raises ValueError for a size the codes do not divide.
+    """
+    if size % config.downsample:
+        raise ValueError(f"image size {size} is not a multiple of the tokenizer's downsampling {config.downsample}.")
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    side = int(size * 1.1)
+    chosen = rng.permutation(len(images))[:50_000]
+    pixels = read_pixels(images, tqdm(chosen, "reading images", leave=False),
+                         lambda image: np.asarray(center_crop(image, side)), skip_corrupt)
+    pixels = torch.from_numpy(np.stack([p for p in pixels if p is not None]))  # (N, side, side, 3)
+
+    vq = VQModel(config).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(vq.parameters(), lr=lr, betas=(0.9, 0.95))
+    bar = tqdm(range(steps), "training tokenizer")
+    for step in bar:
+        rows = rng.integers(len(pixels), size=batch)
+        (y, x), flip = rng.integers(side - size + 1, size=2), rng.integers(2)
+        crop = pixels[rows, y:y + size, x:x + size]
+        x = to_float((crop.flip(2) if flip else crop).to(device)).contiguous(memory_format=torch.channels_last)
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        reconstruction, codes, codebook_loss = vq(x)
+        loss = F.mse_loss(reconstruction, x) + codebook_loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
+        optimizer.step()
+        vq.quantize.note_use(codes)
+        if step % 50 == 49 and step < 0.75 * steps:
+            with torch.no_grad():
+                vq.quantize.restart_dead_codes(vq.latents(x).movedim(1, -1).flatten(0, 2))
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+    return vq.eval().requires_grad_(False)
+
+
+def ready_tokenizer(root: str | Path, images: ImageSet, size: int, codes: int, steps: int, batch: int,
+                    device="cpu", skip_corrupt: bool = False) -> Path:
+    """The file below `root` of the small tokenizer for these images and settings, trained now if it is missing."""
+    config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=codes)
+    key = digest([images.fingerprint, size, steps, batch, asdict(config)])[:8]
+    path = Path(root) / f"tokenizer-{Path(images.source).stem}-{size}px-{key}.pt"
+    if not path.exists():
+        vq = train_tokenizer(images, size, config, steps, batch, device=device, skip_corrupt=skip_corrupt)
+        save_tokenizer(path, vq)
+    return path
+
+
+@torch.no_grad()
+def evaluate_tokenizer(vq: VQModel, pixels: torch.Tensor, batch: int = 100) -> dict[str, float]:
+    """On uint8 (N, S, S, 3): PSNR in dB, averaged over images; share of codes used; perplexity exp(H) of the codes."""
+    device = next(vq.parameters()).device
+    psnr, counts = 0.0, torch.zeros(vq.config.codebook_size)
+    for chunk in pixels.split(batch):
+        x = to_float(chunk.to(device))
+        codes = vq.encode(x)
+        error = ((vq.decode(codes).clamp(-1, 1) - x) / 2).square().flatten(1).mean(1)  # (B,), of values in [0, 1]
+        psnr += -10 * error.log10().sum().item()
+        counts += torch.bincount(codes.flatten(), minlength=len(counts)).cpu()
+    p = counts / counts.sum()
+    return {"psnr": psnr / len(pixels), "usage": (counts > 0).float().mean().item(),
+            "perplexity": torch.exp(-(p * p.clamp_min(1e-12).log()).sum()).item()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The token cache: tokens.npy uint16 (N, V, T), labels.npy int64 (N,), meta.json
+# ------------------------------------------------------------------------------------------------------------
+
+CHUNK = 1000  # images per part file: what a killed encoding loses at most
+UNREADABLE = 65535  # fills the row of an image left out by --skip-corrupt; its label becomes -1
+
+
+class TokenCache(NamedTuple):
+    """An opened cache. Rows with label -1 are images that could not be read."""
+    tokens: np.ndarray  # (N, V, T) uint16, memory-mapped
+    labels: np.ndarray  # (N,) int64
+    meta: dict  # see `cache_meta`
+
+
+def cache_meta(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...]) -> dict:
+    """What a cache is made of; two caches with equal meta hold equal tokens."""
+    return {"source": Path(images.source).name, "split": images.split, "images": images.fingerprint,
+            "tokenizer": tokenizer_fingerprint(vq), "image_size": size, "crop_ratios": list(ratios),
+            "shape": [len(images), max(10 * len(ratios), 1), (size // vq.config.downsample) ** 2],
+            "codebook_size": vq.config.codebook_size, "classes": images.classes}
+
+
+def cache_folder(root: str | Path, meta: dict) -> Path:
+    """The folder below `root` whose name says what `meta` says."""
+    return Path(root) / f"{meta['source']}-{meta['split']}-{meta['image_size']}px-{digest(meta)[:8]}"
+
+
+def load_cache(folder: str | Path, expected: dict | None = None) -> TokenCache:
+    """Open a finished cache, memory-mapped; if `expected` is given its meta must equal that.
+
+    Raises FileNotFoundError if there is none, ValueError naming both sides if it is another one's.
+    """
+    folder = Path(folder)
+    if not (folder / "meta.json").is_file():
+        raise FileNotFoundError(f"no finished token cache at {folder}; write one with: python tokenizer.py encode")
+    meta = json.loads((folder / "meta.json").read_text())
+    for key, value in (expected or {}).items():
+        if meta.get(key) != value:
+            raise ValueError(f"the token cache {folder} has {key} = {meta.get(key)} but {value} is needed; "
+                             "encode again into another folder.")
+    tokens, labels = np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+    if list(tokens.shape) != meta["shape"] or len(labels) != len(tokens):
+        raise ValueError(f"the token cache {folder} is damaged: tokens {tokens.shape}, meta {meta['shape']}; delete it.")
+    return TokenCache(tokens, labels, meta)
+
+
+@torch.no_grad()
+def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...],
+                batch: int = 256, skip_corrupt: bool = False) -> None:
+    """Encode every view of every image into `folder`; does nothing if the same cache is there already.
+
+    Under torchrun (RANK, WORLD_SIZE) each process encodes every WORLD_SIZE-th chunk of images into a part file, and
+    rank 0 waits for all parts, joins them and writes meta.json last. No process group is needed. A killed encoding
+    goes on where it was, with any number of processes. Raises ValueError as `load_cache` and `read_pixels` do.
+    """
+    if size % vq.config.downsample:
+        raise ValueError(f"image size {size} is not a multiple of the tokenizer's downsampling {vq.config.downsample}.")
+    if vq.config.codebook_size > UNREADABLE:
+        raise ValueError(f"the cache stores codes in 16 bits; {vq.config.codebook_size} codes do not fit.")
+    folder, meta = Path(folder), cache_meta(images, vq, size, ratios)
+    if (folder / "meta.json").exists():
+        load_cache(folder, meta)
+        return
+    (rank, world), (N, V, T) = rank_and_world(), meta["shape"]
+    device = next(vq.parameters()).device
+    parts = [folder / f"parts-{digest(meta)}" / f"{start:09d}.npy" for start in range(0, N, CHUNK)]
+    bar = tqdm(parts[rank::world], f"encoding {images.source} {images.split}", disable=rank != 0, unit="chunk")
+    for part in bar:
+        if part.exists():
+            continue
+        start, codes = int(part.stem), []
+        rows = range(start, min(start + CHUNK, N))
+        crops = read_pixels(images, rows, lambda image: views(image, size, ratios), skip_corrupt)
+        blank = np.zeros((V, size, size, 3), np.uint8)
+        pixels = torch.from_numpy(np.concatenate([blank if c is None else c for c in crops]))  # (rows * V, S, S, 3)
+        for chunk in pixels.split(batch):
+            codes.append(vq.encode(to_float(chunk.to(device))).cpu().numpy().astype(np.uint16))
+        codes = np.concatenate(codes).reshape(len(rows), V, T)
+        codes[[c is None for c in crops]] = UNREADABLE
+        write_file(part, lambda file: np.save(file, codes))
+    if rank == 0:
+        while not all(part.exists() for part in parts):
+            time.sleep(0.2)
+        _join(folder, parts, images.labels, meta)
+
+
+def _join(folder: Path, parts: list[Path], labels: np.ndarray, meta: dict) -> None:
+    labels = labels.copy()
+
+    def write(file):
+        header = {"descr": "<u2", "fortran_order": False, "shape": tuple(meta["shape"])}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            codes = np.load(part)
+            bad = codes[:, 0, 0] == UNREADABLE
+            labels[int(part.stem):][:len(codes)][bad] = -1
+            codes[bad] = 0
+            file.write(codes.tobytes())
+
+    write_file(folder / "tokens.npy", write)
+    write_file(folder / "labels.npy", lambda file: np.save(file, labels))
+    write_file(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    for part in parts:
+        part.unlink()
+    parts[0].parent.rmdir()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images out: grids and line plots
+# ------------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's palette: told apart by colour-blind readers
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+
+
+def save_image(path: str | Path, image: Image.Image) -> None:
+    """Write `image` as PNG, through `write_file`."""
+    write_file(path, lambda file: image.save(file, "PNG"))
+
+
+def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None, cell: int = 96) -> Image.Image:
+    """uint8 (N, S, S, 3) -> one picture, row by row, each image enlarged to `cell` pixels, captions below."""
+    N, gap, line = len(pixels), 4, 16 if captions else 0
+    rows = math.ceil(N / columns)
+    cell = max(cell, pixels.shape[1])
+    grid = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line + gap) + gap), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
+    for i, image in enumerate(pixels):
+        x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + line + gap)
+        grid.paste(Image.fromarray(image).resize((cell, cell), Image.LANCZOS), (x, y))
+        if captions:
+            text = captions[i]
+            while text and draw.textlength(text, font) > cell:
+                text = text[:-1]
+            draw.text((x + cell / 2, y + cell + 1), text, "black", font, anchor="ma")
+    return grid
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= min((m for m in (1, 2, 2.5, 5, 10)), key=lambda m: abs((high - low) / (m * step) - 5))
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def line_plot(series: dict[str, list[tuple[float, float]]], title: str, x_label: str, y_label: str,
+              width: int = 640, height: int = 400) -> Image.Image:
+    """A plain line plot of {name: [(x, y), ...]}, with legend; drawn at twice the size. Points that are not finite are left out."""
+    series = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
+    xs, ys = ([point[i] for points in series.values() for point in points] or [0.0] for i in (0, 1))
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+    x1, pad = max(x1, x0 + 1e-9), 0.06 * (y1 - y0) or 0.5
+    y0, y1 = y0 - pad, y1 + pad
+    image = Image.new("RGB", (2 * width, 2 * height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
+    left, right, top, bottom = 140, 2 * width - 40, 80, 2 * height - 110
+
+    def place(x, y):
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    for y in _ticks(y0, y1):
+        draw.line([place(x0, y), place(x1, y)], "#DDDDDD", 2)
+        draw.text((left - 12, place(x0, y)[1]), f"{y:g}", "black", font, anchor="rm")
+    for x in _ticks(x0, x1):
+        draw.text((place(x, y0)[0], bottom + 10), f"{x:g}", "black", font, anchor="ma")
+    draw.line([(left, top), (left, bottom), (right, bottom)], "black", 3)
+    for colour, (name, points) in zip(COLOURS * 4, series.items()):
+        places = [place(x, y) for x, y in points]
+        if len(places) > 1:
+            draw.line(places, colour, 5, joint="curve")
+        for x, y in places if len(places) < 30 else []:
+            draw.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
+    x = right
+    for colour, name in reversed(list(zip(COLOURS * 4, series))):
+        x -= draw.textlength(name, font) + 24
+        draw.text((x, 66), name, colour, font, anchor="ls")
+    draw.text((left, 66), title, "black", font, anchor="ls")
+    draw.text(((left + right) / 2, 2 * height - 20), x_label, "black", font, anchor="ms")
+    side = Image.new("L", (bottom - top, 40))
+    ImageDraw.Draw(side).text(((bottom - top) / 2, 20), y_label, 255, font, anchor="mm")
+    image.paste("black", (8, top), side.rotate(90, expand=True))
+    return image
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _held_out_pixels(images: ImageSet, size: int, count: int, skip_corrupt: bool) -> torch.Tensor:
+    rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+    pixels = read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)), skip_corrupt)
+    return torch.from_numpy(np.stack([p for p in pixels if p is not None]))
+
+
+@torch.no_grad()
+def reconstruction_grid(vq: VQModel, pixels: torch.Tensor) -> Image.Image:
+    """uint8 (N, S, S, 3) -> a picture with pairs of rows: ten originals, and below them what the codes kept."""
+    device = next(vq.parameters()).device
+    again = to_uint8(vq.decode(vq.encode(to_float(pixels.to(device))))).cpu()
+    pairs = [half for a, b in zip(pixels.split(10), again.split(10)) for half in (a, b)]
+    return image_grid(torch.cat(pairs).numpy(), min(10, len(pixels)))
+
+
+def main() -> None:
+    """Parse the command line and run it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=["train", "encode", "reconstruct"])
+    parser.add_argument("--data", required=True, help="folder or zip of images, or: shapes")
+    parser.add_argument("--tokenizer", help="tokenizer file, ours or vq_ds16_c2i.pt (encode, reconstruct)")
+    parser.add_argument("--out", required=True, help="tokenizer file, cache folder or picture to write")
+    parser.add_argument("--image-size", type=int, default=32, help="side of the square crops, pixels")
+    parser.add_argument("--crop-ratios", type=float, nargs="*", default=[1.1],
+                        help="ten crops for each of these enlargements; none: the centre crop alone")
+    parser.add_argument("--split", choices=["train", "val"], default="train", help="which images to encode")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps")
+    parser.add_argument("--batch", type=int, default=64, help="images per step (train) or crops at once (encode)")
+    parser.add_argument("--codes", type=int, default=1024, help="codebook size (train)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable images out, naming them")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.command != "train" and not args.tokenizer:
+        parser.error(f"{args.command} needs --tokenizer FILE")
+
+    if args.command == "train":
+        config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=args.codes)
+        vq = train_tokenizer(open_images(args.data), args.image_size, config, args.steps, args.batch, seed=args.seed,
+                             device=args.device, skip_corrupt=args.skip_corrupt)
+        held_out = _held_out_pixels(open_images(args.data, "val"), args.image_size, 1000, args.skip_corrupt)
+        quality = evaluate_tokenizer(vq, held_out)
+        save_tokenizer(args.out, vq, quality=quality)
+        print(f"{args.out}: PSNR {quality['psnr']:.2f} dB, {quality['usage']:.1%} of {args.codes} codes used, "
+              f"perplexity {quality['perplexity']:.0f} on {len(held_out)} held-out images")
+        return
+    vq = load_tokenizer(args.tokenizer, args.device)
+    if args.command == "encode":
+        build_cache(args.out, open_images(args.data, args.split), vq, args.image_size, tuple(args.crop_ratios),
+                    args.batch, args.skip_corrupt)
+    else:
+        pixels = _held_out_pixels(open_images(args.data, "val"), args.image_size, 20, args.skip_corrupt)
+        save_image(args.out, reconstruction_grid(vq, pixels))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
+        sys.exit(f"tokenizer.py: {error}")
