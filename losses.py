@@ -2,13 +2,13 @@
 
     L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2                                                (Eq. 8)
 
-L_AR is next-token prediction. The student computes it while a random part of its keys is hidden (Eq. 3); L_MIM pulls
-its last layer towards that of an unmasked EMA teacher (Eq. 4); L_step and L_view make a middle-layer feature tell
-its own image from the others of the batch, as seen from another step (Eq. 6) or another view (Eq. 7) by the
-teacher. Nothing of this is left at sampling time.
+L_AR is next-token prediction. The student computes it while a random part of its keys is hidden (Eq. 3);
+L_MIM pulls its last layer towards that of an unmasked EMA teacher (Eq. 4); L_step and L_view make a
+middle-layer feature tell its own image from the others of the batch, as seen from another step (Eq. 6) or
+another view (Eq. 7) by the teacher. Nothing of this is left at sampling time.
 
-Plain functions of tensors; they run on a CPU and need no process group. Every choice is tagged "paper:" where the
-paper states it, "our choice:" where it leaves room.
+Plain functions of tensors; they run on a CPU and need no process group. Every choice is tagged "paper:"
+where the paper states it, "our choice:" where it leaves room.
 
 Shapes in comments: B images on this process, B_all images on all of them, V views of each image, T tokens,
 K sampled positions, C width, S slots (see `info_nce`). The order of a (B V) axis is image-major: row b V + m.
@@ -28,8 +28,9 @@ def sample_key_mask(batch: int, num_tokens: int, ratio: float, generator: torch.
     """The sequence masks of Eq. 3: bool (batch, T), True where a key is hidden from all queries.
 
     paper: a random fraction r of the positions, one set for all queries, heads and layers, anew in each step.
-    our choice: exactly round(r (T - 1)) of the positions 1 ... T - 1. Position 0, the class, stays visible: it is
-    the only key of the first query, whose row would otherwise be empty. A masked token's own query loses it too.
+    our choice: exactly round(r (T - 1)) of the positions 1 ... T - 1. Position 0, the class, stays visible:
+    it is the only key of the first query, whose row would otherwise be empty. A masked token's own query
+    loses it too.
     Raises ValueError unless 0 <= r < 1.
     """
     if not 0 <= ratio < 1:
@@ -42,12 +43,12 @@ def sample_key_mask(batch: int, num_tokens: int, ratio: float, generator: torch.
 def sample_positions(num_tokens: int, count: int, generator: torch.Generator) -> torch.Tensor:
     """The K positions of Eq. 5, int64 (K,), distinct.
 
-    our choice: from 1 ... T - 1, the same for the whole batch, anew in each step. Position 0 has seen the class
-    alone, so that all images of a class would be the same there.
+    our choice: from 1 ... T - 1, the same for the whole batch, anew in each step. Position 0 has seen the
+    class alone, so that all images of a class would be the same there.
     Raises ValueError unless 1 <= K < T.
     """
     if not 1 <= count < num_tokens:
-        raise ValueError(f"K = {count} positions cannot be drawn from the {num_tokens - 1} that follow the class.")
+        raise ValueError(f"K = {count} positions cannot be drawn from the {num_tokens - 1} behind the class.")
     return torch.randperm(num_tokens - 1, generator=generator, device=generator.device)[:count] + 1
 
 
@@ -86,14 +87,14 @@ def projector(dim: int) -> nn.Sequential:
 
 def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
              offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """InfoNCE over slots; anchors (S, B, C), targets (S, B_all, C). Returns the loss and the accuracy in [0, 1].
+    """InfoNCE over slots; anchors (S, B, C), targets (S, B_all, C). Returns loss and accuracy in [0, 1].
 
         -1/(S B) sum_s sum_b log  exp(a_sb . t_sb / tau) / sum_b' exp(a_sb . t_sb' / tau)
 
     A slot is one pairing of (view, position) with (view, position). In it the positive of image b is the same
     image's target, found at `offset` + b, and its negatives are the targets of all other images.
-    our choice: features are L2-normalised, the temperature is ours to choose (the paper prints none); float32.
-    The accuracy is the share of anchors closest to their positive.
+    our choice: features are L2-normalised, the temperature is ours to choose (the paper prints none);
+    float32. The accuracy is the share of anchors closest to their positive.
     """
     a, t = F.normalize(anchors.float(), dim=-1), F.normalize(targets.float().detach(), dim=-1)
     logits = a @ t.mT / temperature  # (S, B, B_all)
@@ -132,7 +133,7 @@ def view_loss(z: torch.Tensor, h: torch.Tensor, temperature: float,
 
 
 def total_loss(terms: dict[str, torch.Tensor], alpha: float, beta: float) -> torch.Tensor:
-    """L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2; an absent term is zero, the /2 stays.      (Eq. 8)"""
+    """L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2; an absent term is 0, the /2 stays.         (Eq. 8)"""
     contrast = terms.get("step", 0) + terms.get("view", 0)
     return terms["ar"] + alpha * terms.get("mim", 0) + beta * contrast / 2
 
@@ -140,8 +141,8 @@ def total_loss(terms: dict[str, torch.Tensor], alpha: float, beta: float) -> tor
 def label_accuracy(classes: torch.Tensor) -> torch.Tensor:
     """What InfoNCE accuracy copying the label alone would reach; classes (B_all,), as the model saw them.
 
-    Both anchor and target know the class, so a guess among the images of the same class is free. Logged beside the
-    contrastive accuracies: only what exceeds it is understanding of the image.
+    Both anchor and target know the class, so a guess among the images of the same class is free. Logged
+    beside the contrastive accuracies: only what exceeds it is understanding of the image.
     """
     same = classes[:, None] == classes
     return (1 / same.sum(1)).mean()
@@ -162,8 +163,8 @@ def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 def gather_images(x: torch.Tensor, dim: int) -> torch.Tensor:
     """Concatenate x of all processes along its image axis `dim`, in rank order: B -> B_all. No gradient.
 
-    Only teacher features and labels pass through here, so that the images of all processes are negatives; those of
-    rank r start at r B. The identity without a process group.
+    Only teacher features and labels pass through here, so that the images of all processes are negatives;
+    those of rank r start at r B. The identity without a process group.
     """
     if not dist.is_initialized():
         return x

@@ -1,9 +1,10 @@
 """The transformer of ST-AR: LlamaGen's class-conditional GPT (arXiv 2406.06525), unchanged.
 
-A Llama-style decoder over VQ tokens: RMSNorm, SwiGLU, 2D rotary positions, no biases. Position 0 holds the class c
-(or the null class, index num_classes), position p > 0 the token x_p, and position p predicts x_{p+1}. ST-AR
-(arXiv 2509.15185) trains this model with extra losses (losses.py) and adds nothing to it but the key mask of Eq. 3.
-Parameter names are LlamaGen's, so its published checkpoints load strictly and its tools read ours.
+A Llama-style decoder over VQ tokens: RMSNorm, SwiGLU, 2D rotary positions, no biases. Position 0 holds the
+class c (or the null class, index num_classes), position p > 0 the token x_p, and position p predicts
+x_{p+1}. ST-AR (arXiv 2509.15185) trains this model with extra losses (losses.py) and adds nothing to it but
+the key mask of Eq. 3. Parameter names are LlamaGen's, so its published checkpoints load strictly and its
+tools read ours.
 
     python model.py    # the size table
 
@@ -72,24 +73,12 @@ SIZES = {  # name: (n_layer, n_head, dim)
 # ------------------------------------------------------------------------------------------------------------
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) in float32, cast back, times a learned weight."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
-
-
 def rope_table(config: ModelConfig) -> torch.Tensor:
     """Cosines and sines of the 2D rotary positions, float32 (1 + T, D/2, 2).
 
     The first half of the D/2 pairs turns with the row, the second with the column, at base^(-2j / (D/2)).
-    LlamaGen: the class token's factors are zero, not the identity. Its query and key vanish, so every query gives
-    position 0 the logit 0; only its value counts.
+    LlamaGen: the class token's factors are zero, not the identity. Its query and key vanish, so every query
+    gives position 0 the logit 0; only its value counts.
     """
     half = config.head_dim // 2
     frequencies = config.rope_base ** -(torch.arange(0, half, 2).float() / half)  # (D/4,)
@@ -102,7 +91,7 @@ def rope_table(config: ModelConfig) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn the interleaved pairs of x (B, t, ..., D) by `table` (t, D/2, 2), in float32; same shape and dtype."""
+    """Turn the interleaved pairs of x (B, t, ..., D) by `table` (t, D/2, 2), in float32; shape and dtype stay."""
     t, half = table.shape[:2]
     cos, sin = table.view(t, *[1] * (x.ndim - 3), half, 2).unbind(-1)
     a, b = x.float().unflatten(-1, (half, 2)).unbind(-1)
@@ -131,7 +120,8 @@ class Attention(nn.Module):
             y = weights @ v
         else:
             weights = None
-            y = F.scaled_dot_product_attention(q, k, v, None if plain_causal else allowed, is_causal=plain_causal)
+            mask = None if plain_causal else allowed
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain_causal)
         return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2))), weights
 
 
@@ -156,24 +146,13 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x, *how):
         y, weights = self.attention(self.attention_norm(x), *how)
         x = x + y
         return x + self.feed_forward(self.ffn_norm(x)), weights
-
-
-class ClassEmbedding(nn.Module):
-    """num_classes rows and a last one for the null class; a module of its own for LlamaGen's parameter name."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
-
-    def forward(self, classes):
-        return self.embedding_table(classes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,16 +190,17 @@ class Transformer(nn.Module):
             raise ValueError(f"width {config.dim} must be a multiple of 4 x {config.n_head} heads, and "
                              f"{config.num_tokens} tokens a square number.")
         self.config = config
-        self.cls_embedding = ClassEmbedding(config)
+        classes = nn.Embedding(config.num_classes + 1, config.dim)  # the last row is the null class
+        self.cls_embedding = nn.ModuleDict({"embedding_table": classes})  # LlamaGen's name
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.tok_dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rope", rope_table(config), persistent=False)
         causal = torch.ones(config.num_tokens, config.num_tokens, dtype=torch.bool).tril()
         self.register_buffer("causal", causal, persistent=False)
-        for module in self.modules():  # LlamaGen: N(0, 0.02) everywhere, but a zero head: the first loss is ln V
+        for module in self.modules():  # LlamaGen: N(0, 0.02), and a zero head, so that the first loss is ln V
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
@@ -243,7 +223,7 @@ class Transformer(nn.Module):
         end = tokens.shape[1] + 1
         x = self.tok_embeddings(tokens[:, max(start - 1, 0):])  # (B, n, C), or what the cache lacks of it
         if start == 0:
-            x = torch.cat([self.cls_embedding(classes)[:, None], x], 1)  # (B, t, C)
+            x = torch.cat([self.cls_embedding["embedding_table"](classes)[:, None], x], 1)  # (B, t, C)
         x = self.tok_dropout(x)
 
         allowed = self.causal[None, None, start:end, :end]  # (1, 1, t, s)
@@ -286,11 +266,11 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error}); free some space, the previous file is untouched.") from error
+        raise OSError(f"cannot write {path} ({error}); free some space, an older file stays.") from error
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The content of a checkpoint file, ours or LlamaGen's, on the CPU; only plain data and tensors are unpickled.
+    """The content of a checkpoint file, ours or LlamaGen's, on the CPU; only plain data is unpickled.
 
     A bare state dict is returned as {"model": state dict}.
     Raises FileNotFoundError or ValueError, in one sentence, if `path` holds no class-conditional transformer.
@@ -298,7 +278,7 @@ def load_checkpoint(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}.")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # in LlamaGen's training checkpoints: "args"
+        with torch.serialization.safe_globals([argparse.Namespace]):  # "args" in some of LlamaGen's
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
@@ -313,13 +293,15 @@ def load_checkpoint(path: str | Path) -> dict:
     return content
 
 
-def load_model(path: str | Path, ema: bool = False, image_size: int = 256, device="cpu") -> tuple[Transformer, dict]:
+def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
+               device="cpu") -> tuple[Transformer, dict]:
     """A transformer in eval mode and the rest of its checkpoint. Strict: every tensor must fit.
 
-    `ema` chooses the teacher's weights. Our checkpoints carry their config. From LlamaGen's, width, depth, vocabulary
-    and classes are read off the tensors, heads off `SIZES`, the token count off "freqs_cis" or "args" where they
-    are present, else off `image_size` (downsampling 16).
-    Raises FileNotFoundError or ValueError, in one sentence, if `path` is not such a file or lacks EMA weights.
+    `ema` chooses the teacher's weights. Our checkpoints carry their config. From LlamaGen's, width, depth,
+    vocabulary and classes are read off the tensors, heads off `SIZES`, the token count off "freqs_cis" or
+    "args" where they are present, else off `image_size` (downsampling 16).
+    Raises FileNotFoundError or ValueError, in one sentence, if `path` is not such a file or lacks EMA
+    weights.
     """
     content = load_checkpoint(path)
     if ema and "ema" not in content:

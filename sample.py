@@ -1,9 +1,10 @@
 """Generate images from a trained model: temperature, top-k, top-p, classifier-free guidance, KV cache.
 
-ST-AR (arXiv 2509.15185) does not change sampling; this is LlamaGen's (arXiv 2406.06525, generate.py), token for token.
+ST-AR (arXiv 2509.15185) does not change sampling; this is LlamaGen's (arXiv 2406.06525, generate.py), token
+for token.
 
     python sample.py runs/tiny --classes 3 7 7 --cfg 2.0 --seed 0             # a captioned grid
-    torchrun --nproc-per-node 8 sample.py runs/tiny --num 50000 --npz out.npz   # for fid.py, in ADM's layout
+    torchrun --nproc-per-node 8 sample.py runs/tiny --num-images 50000 --npz out.npz   # for fid.py, in ADM's layout
     python sample.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k 2000
 
 Shapes in comments: B images, T tokens, V vocabulary, S side in pixels.
@@ -30,8 +31,8 @@ from model import Transformer, load_model
 def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """Set the logits (B, V) outside the top k, then outside the nucleus of mass p, to -inf.
 
-    LlamaGen: top_k 0 keeps all, ties with the k-th stay; the nucleus is taken of what top-k left, and the token that
-    crosses p is kept.
+    LlamaGen: top_k 0 keeps all, ties with the k-th stay; the nucleus is taken of what top-k left, and the
+    token that crosses p is kept.
     """
     if top_k > 0:
         threshold = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -39,7 +40,7 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         beyond = ordered.softmax(-1).cumsum(-1) > top_p
-        beyond = torch.cat([torch.zeros_like(beyond[:, :1]), beyond[:, :-1]], 1)  # shifted: keep the crossing token
+        beyond = torch.cat([torch.zeros_like(beyond[:, :1]), beyond[:, :-1]], 1)  # keep the crossing one
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     return logits
 
@@ -80,7 +81,8 @@ def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg
 # ------------------------------------------------------------------------------------------------------------
 
 
-def sample_images(model: Transformer, vq: tokenizer.VQModel, classes: torch.Tensor, seed: int, **settings) -> np.ndarray:
+def sample_images(model: Transformer, vq: tokenizer.VQModel, classes: torch.Tensor, seed: int,
+                  **settings) -> np.ndarray:
     """uint8 (B, S, S, 3) for `classes` (B,); `settings` as `generate` takes them. A function of its arguments."""
     device = model.output.weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -93,16 +95,18 @@ def save_samples(path: Path, model: Transformer, vq: tokenizer.VQModel, classes:
                  seed: int, **settings) -> None:
     """Write a grid of one image per entry of `classes`, captioned with its name."""
     pixels = sample_images(model, vq, torch.tensor(classes), seed, **settings)
-    tokenizer.save_image(path, tokenizer.image_grid(pixels, min(10, len(classes)), [names[c] for c in classes]))
+    grid = tokenizer.image_grid(pixels, min(10, len(classes)), [names[c] for c in classes])
+    tokenizer.save_image(path, grid)
 
 
 def save_npz(path: Path, model: Transformer, vq: tokenizer.VQModel, count: int, batch: int, seed: int,
              protocol: dict, **settings) -> None:
-    """Write `count` class-balanced images to an .npz in ADM's layout: arr_0 uint8 (N, S, S, 3), arr_1 labels int64 (N,),
-    and `protocol`, a JSON string with every sampling setting.
+    """Write `count` class-balanced images to an .npz in ADM's layout.
 
-    Under torchrun each process makes every WORLD_SIZE-th batch and rank 0 joins them; no process group is needed,
-    the images do not depend on the number of processes, and a killed run goes on where it was.
+    arr_0 uint8 (N, S, S, 3), arr_1 labels int64 (N,), and `protocol`, a JSON string with every sampling setting.
+
+    Under torchrun each process makes every WORLD_SIZE-th batch and rank 0 joins them; no process group is
+    needed, the images do not depend on the number of processes, and a killed run goes on where it was.
     """
     rank, world = tokenizer.rank_and_world()
     labels = torch.arange(count) * model.config.num_classes // count  # class-balanced, in class order
@@ -118,7 +122,8 @@ def save_npz(path: Path, model: Transformer, vq: tokenizer.VQModel, count: int, 
         while not all(part.exists() for part in parts):
             time.sleep(0.2)
         images = np.concatenate([np.load(part) for part in parts])
-        tokenizer.write_file(path, lambda file: np.savez(file, arr_0=images, arr_1=labels.numpy(), protocol=protocol))
+        arrays = dict(arr_0=images, arr_1=labels.numpy(), protocol=protocol)
+        tokenizer.write_file(path, lambda file: np.savez(file, **arrays))
         for part in parts:
             part.unlink()
         folder.rmdir()
@@ -140,7 +145,7 @@ def open_run(args: argparse.Namespace) -> tuple[Transformer, tokenizer.VQModel, 
                          f"{model.config.vocab_size}: they do not belong together.")
     data = rest.get("data", {})
     if data.get("tokenizer", (found := tokenizer.tokenizer_fingerprint(vq))) != found:
-        raise ValueError(f"{vq_path} is tokenizer {found}, but {path} was trained on codes of {data['tokenizer']}.")
+        raise ValueError(f"{vq_path} is tokenizer {found}, but {path} was trained with {data['tokenizer']}.")
     names = data.get("classes", [f"class {c}" for c in range(model.config.num_classes)])
     return model, vq, names, rest.get("config", {}).get("name") or path.stem
 
@@ -151,12 +156,12 @@ def main() -> None:
     parser.add_argument("run", nargs="?", help="run folder, as in runs/tiny")
     parser.add_argument("--gpt", help="LlamaGen checkpoint, instead of a run folder")
     parser.add_argument("--vq", help="tokenizer file (default: the run's)")
-    parser.add_argument("--classes", type=int, nargs="+", help="one image for each of these classes (default: 20 of them)")
-    parser.add_argument("--num", type=int, help="with --npz: how many images, class-balanced")
+    parser.add_argument("--classes", type=int, nargs="+", help="one image for each of these (default: 20)")
+    parser.add_argument("--num", "--num-images", type=int, help="with --npz: how many images, class-balanced")
     parser.add_argument("--npz", type=Path, help="write images for fid.py here instead of a grid")
     parser.add_argument("--out", type=Path, default="samples.png", help="grid to write (default samples.png)")
     parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1: none")
-    parser.add_argument("--cfg-interval", type=int, default=-1, help="guide the first N + 2 tokens only; -1: all")
+    parser.add_argument("--cfg-interval", type=int, default=-1, help="guide N + 2 tokens only; -1: all")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="0: all codes")
     parser.add_argument("--top-p", type=float, default=1.0, help="1: all codes")
@@ -170,12 +175,11 @@ def main() -> None:
         parser.error("name a run folder, or --gpt FILE and --vq FILE")
     if bool(args.npz) != bool(args.num):
         parser.error("--num and --npz go together")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.batch < 1 or (args.num or 1) < 1:
+    if min(args.temperature, args.top_k) < 0 or not 0 < args.top_p <= 1 or min(args.batch, args.num or 1) < 1:
         parser.error("needed: temperature >= 0, 0 < top-p <= 1, top-k >= 0, batch and num >= 1")
 
     model, vq, names, name = open_run(args)
-    settings = dict(cfg=args.cfg, cfg_interval=args.cfg_interval, temperature=args.temperature, top_k=args.top_k,
-                    top_p=args.top_p)
+    settings = {name: getattr(args, name) for name in ("cfg", "cfg_interval", "temperature", "top_k", "top_p")}
     if args.npz:
         protocol = {"model": name, "weights": "ema" if args.ema else "student"}
         save_npz(args.npz, model, vq, args.num, args.batch, args.seed, protocol, **settings)
@@ -185,8 +189,8 @@ def main() -> None:
     if bad := [c for c in classes if not 0 <= c < count]:
         raise ValueError(f"class {bad[0]} does not exist: {name} knows 0 ... {count - 1}.")
     save_samples(args.out, model, vq, classes, names, args.seed, **settings)
-    print(f"{args.out}: {len(classes)} images from {name}, {'ema' if args.ema else 'student'} weights, cfg {args.cfg}, "
-          f"top-k {args.top_k}, top-p {args.top_p}, temperature {args.temperature}, seed {args.seed}")
+    print(f"{args.out}: {len(classes)} images from {name}, {'ema' if args.ema else 'student'} weights, "
+          f"seed {args.seed},", ", ".join(f"{key} {value}" for key, value in settings.items()))
 
 
 if __name__ == "__main__":

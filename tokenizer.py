@@ -1,8 +1,9 @@
 """Images in, tokens out, images back: the reader, the VQ tokenizer, the token cache and the pictures.
 
-ST-AR (arXiv 2509.15185) models an image as a raster sequence of VQ codes x = q(I). This file is q and what surrounds
-it: reading image sets, the ten crops that serve as views, the VQ model (LlamaGen's, arXiv 2406.06525, and a small
-one in the same code), its training, the cache of codes that train.py reads, and PNG grids and line plots.
+ST-AR (arXiv 2509.15185) models an image as a raster sequence of VQ codes x = q(I). This file is q and what
+surrounds it: reading image sets, the ten crops that serve as views, the VQ model (LlamaGen's, arXiv
+2406.06525, and a small one in the same code), its training, the cache of codes that train.py reads, and PNG
+grids and line plots.
 
     python tokenizer.py train --data shapes --image-size 32 --out tokenizer.pt
     python tokenizer.py reconstruct --data shapes --tokenizer tokenizer.pt --out reconstructions.png
@@ -10,7 +11,8 @@ one in the same code), its training, the cache of codes that train.py reads, and
     torchrun --nproc-per-node 8 tokenizer.py encode --data IMAGENET --image-size 256 --crop-ratios 1.1 1.05 \
         --tokenizer vq_ds16_c2i.pt --out cache/imagenet
 
-Shapes in comments: N images, B batch, V views, S side in pixels, h x w the code grid, T = h w tokens, D code size.
+Shapes in comments: N images, B batch, V views, S side in pixels, h x w the code grid, T = h w tokens, D
+code size.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,8 +137,9 @@ def open_images(source: str | Path, split: str = "train") -> ImageSet:
     """Open the "train" or "val" split of a folder, of a zip (read in place), or of the built-in set "shapes".
 
     Layouts, in the order tried: Tiny ImageNet (val/val_annotations.txt), ImageNet (train/<class>/* and, if
-    present, val/<class>/*), plain class folders (<class>/*). Where there are no validation images a fixed tenth
-    of each class, at most 50 images, is held out. Classes are numbered by sorted folder name, as torchvision does.
+    present, val/<class>/*), plain class folders (<class>/*). Where there are no validation images a fixed
+    tenth of each class, at most 50 images, is held out. Classes are numbered by sorted folder name, as
+    torchvision does.
     Raises FileNotFoundError or ValueError, in one sentence, if nothing usable is there.
     """
     if str(source) == "shapes":
@@ -602,13 +606,14 @@ def tokenizer_fingerprint(vq: VQModel) -> str:
 
 
 def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["vq_ds4"], steps: int = 1000,
-                    batch: int = 64, lr: float = 2e-3, seed: int = 0, device="cpu",
+                    batch: int = 32, lr: float = 2e-3, seed: int = 0, device="cpu",
                     skip_corrupt: bool = False) -> VQModel:
     """Train a tokenizer on random (size, size) crops and flips of `images`, at most 50,000 of them.
 
-    Loss: mean squared error + codebook and commitment loss (LlamaGen's, without its perceptual and adversarial
-    terms). Adam, warm-up over 5 % of the steps, cosine to zero. Codes that go unused are restarted on latents of
-    the current batch during the first three quarters. Raises ValueError for a size the codes do not divide.
+    Loss: mean squared error + codebook and commitment loss (LlamaGen's, without its perceptual and
+    adversarial terms). Adam, warm-up over 5 % of the steps, cosine to zero. Codes that go unused are
+    restarted on latents of the current batch during the first three quarters. Raises ValueError for a size
+    the codes do not divide.
     """
     if size % config.downsample:
         raise ValueError(f"image size {size} is not a multiple of the tokenizer's downsampling {config.downsample}.")
@@ -644,14 +649,14 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["
     return vq.eval().requires_grad_(False)
 
 
-def ready_tokenizer(root: str | Path, images: ImageSet, size: int, codes: int, steps: int, batch: int,
-                    device="cpu", skip_corrupt: bool = False) -> Path:
+def ready_tokenizer(root: str | Path, images: ImageSet, size: int, codes: int, steps: int, device="cpu",
+                    skip_corrupt: bool = False) -> Path:
     """The file below `root` of the small tokenizer for these images and settings, trained now if it is missing."""
     config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=codes)
-    key = digest([images.fingerprint, size, steps, batch, asdict(config)])[:8]
+    key = digest([images.fingerprint, size, steps, asdict(config)])[:8]
     path = Path(root) / f"tokenizer-{Path(images.source).stem}-{size}px-{key}.pt"
     if not path.exists():
-        vq = train_tokenizer(images, size, config, steps, batch, device=device, skip_corrupt=skip_corrupt)
+        vq = train_tokenizer(images, size, config, steps, device=device, skip_corrupt=skip_corrupt)
         save_tokenizer(path, vq)
     return path
 
@@ -721,15 +726,16 @@ def load_cache(folder: str | Path, expected: dict | None = None) -> TokenCache:
 
 @torch.no_grad()
 def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...],
-                batch: int = 256, skip_corrupt: bool = False) -> None:
+                skip_corrupt: bool = False) -> None:
     """Encode every view of every image into `folder`; does nothing if the same cache is there already.
 
-    Under torchrun (RANK, WORLD_SIZE) each process encodes every WORLD_SIZE-th chunk of images into a part file, and
-    rank 0 waits for all parts, joins them and writes meta.json last. No process group is needed. A killed encoding
-    goes on where it was, with any number of processes. Raises ValueError as `load_cache` and `read_pixels` do.
+    Under torchrun (RANK, WORLD_SIZE) each process encodes every WORLD_SIZE-th chunk of images into a part
+    file, and rank 0 waits for all parts, joins them and writes meta.json last. No process group is needed.
+    A killed encoding goes on where it was, with any number of processes.
+    Raises ValueError as `load_cache` and `read_pixels` do, or if codes and image size do not fit.
     """
     if size % vq.config.downsample:
-        raise ValueError(f"image size {size} is not a multiple of the tokenizer's downsampling {vq.config.downsample}.")
+        raise ValueError(f"image size {size} is not a multiple of the tokenizer's factor {vq.config.downsample}.")
     if vq.config.codebook_size > UNREADABLE:
         raise ValueError(f"the cache stores codes in 16 bits; {vq.config.codebook_size} codes do not fit.")
     folder, meta = Path(folder), cache_meta(images, vq, size, ratios)
@@ -748,7 +754,7 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
         crops = read_pixels(images, rows, lambda image: views(image, size, ratios), skip_corrupt)
         blank = np.zeros((V, size, size, 3), np.uint8)
         pixels = torch.from_numpy(np.concatenate([blank if c is None else c for c in crops]))  # (rows * V, S, S, 3)
-        for chunk in pixels.split(batch):
+        for chunk in pixels.split(250):
             codes.append(vq.encode(to_float(chunk.to(device))).cpu().numpy().astype(np.uint16))
         codes = np.concatenate(codes).reshape(len(rows), V, T)
         codes[[c is None for c in crops]] = UNREADABLE
@@ -778,6 +784,38 @@ def _join(folder: Path, parts: list[Path], labels: np.ndarray, meta: dict) -> No
     for part in parts:
         part.unlink()
     parts[0].parent.rmdir()
+
+
+def prepare(settings, device: torch.device, store) -> tuple[VQModel, TokenCache, TokenCache]:
+    """From image set to token caches, as train.py needs them: (tokenizer, training cache, held-out cache).
+
+    `settings` has train.py's fields. Rank 0 finds the images and trains the tokenizer if there is none; all
+    processes encode. They agree through `store`, in which a key can be waited for without limit. Settles
+    settings.data, settings.tokenizer and, where shapes stand in for Tiny ImageNet, settings.name.
+    Raises ValueError or OSError, in one sentence, for data that cannot be used.
+    """
+    def agree(key, make):
+        if rank_and_world()[0] == 0:
+            store.set(key, json.dumps(make()))
+        store.wait([key], timedelta(days=30))
+        return json.loads(store.get(key))
+
+    def find():
+        data = find_images(settings.data)
+        path = settings.tokenizer or ready_tokenizer(
+            settings.cache, open_images(data), settings.image_size, settings.codes, settings.tokenizer_steps,
+            device=device, skip_corrupt=settings.skip_corrupt)
+        return data, str(path), settings.name + ("-shapes" if data == "shapes" != settings.data else "")
+
+    settings.data, settings.tokenizer, settings.name = agree("found", find)
+    vq, caches = load_tokenizer(settings.tokenizer, device), []
+    for split, ratios in (("train", settings.crop_ratios), ("val", ())):  # held-out images: the centre crop alone
+        images = open_images(settings.data, split)
+        folder = cache_folder(settings.cache, cache_meta(images, vq, settings.image_size, ratios))
+        build_cache(folder, images, vq, settings.image_size, ratios, settings.skip_corrupt)
+        agree(split, lambda: "encoded")
+        caches.append(load_cache(folder))
+    return vq, *caches
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -861,7 +899,7 @@ def line_plot(series: dict[str, list[tuple[float, float]]], title: str, x_label:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _held_out_pixels(images: ImageSet, size: int, count: int, skip_corrupt: bool) -> torch.Tensor:
+def held_out_pixels(images: ImageSet, size: int, count: int, skip_corrupt: bool = False) -> torch.Tensor:
     rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
     pixels = read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)), skip_corrupt)
     return torch.from_numpy(np.stack([p for p in pixels if p is not None]))
@@ -888,7 +926,7 @@ def main() -> None:
                         help="ten crops for each of these enlargements; none: the centre crop alone")
     parser.add_argument("--split", choices=["train", "val"], default="train", help="which images to encode")
     parser.add_argument("--steps", type=int, default=1000, help="training steps")
-    parser.add_argument("--batch", type=int, default=64, help="images per step (train) or crops at once (encode)")
+    parser.add_argument("--batch", type=int, default=32, help="images per training step")
     parser.add_argument("--codes", type=int, default=1024, help="codebook size (train)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable images out, naming them")
@@ -901,7 +939,7 @@ def main() -> None:
         config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=args.codes)
         vq = train_tokenizer(open_images(args.data), args.image_size, config, args.steps, args.batch, seed=args.seed,
                              device=args.device, skip_corrupt=args.skip_corrupt)
-        held_out = _held_out_pixels(open_images(args.data, "val"), args.image_size, 1000, args.skip_corrupt)
+        held_out = held_out_pixels(open_images(args.data, "val"), args.image_size, 1000, args.skip_corrupt)
         quality = evaluate_tokenizer(vq, held_out)
         save_tokenizer(args.out, vq, quality=quality)
         print(f"{args.out}: PSNR {quality['psnr']:.2f} dB, {quality['usage']:.1%} of {args.codes} codes used, "
@@ -910,9 +948,9 @@ def main() -> None:
     vq = load_tokenizer(args.tokenizer, args.device)
     if args.command == "encode":
         build_cache(args.out, open_images(args.data, args.split), vq, args.image_size, tuple(args.crop_ratios),
-                    args.batch, args.skip_corrupt)
+                    args.skip_corrupt)
     else:
-        pixels = _held_out_pixels(open_images(args.data, "val"), args.image_size, 20, args.skip_corrupt)
+        pixels = held_out_pixels(open_images(args.data, "val"), args.image_size, 20, args.skip_corrupt)
         save_image(args.out, reconstruction_grid(vq, pixels))
 
 
