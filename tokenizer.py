@@ -489,8 +489,7 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
         self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
-        # the codes used last, oldest first: LlamaGen's usage window, and what `restart_dead_codes` looks at
-        self.register_buffer("codebook_used", torch.zeros(65536))
+        self.register_buffer("codebook_used", torch.zeros(65536))  # LlamaGen's usage window; not used here
 
     def codebook(self) -> torch.Tensor:
         """(n, D), unit rows."""
@@ -512,19 +511,10 @@ class VectorQuantizer(nn.Module):
         return z_q.movedim(-1, 1), indices.flatten(1), loss
 
     @torch.no_grad()
-    def note_use(self, indices: torch.Tensor) -> None:
-        """Shift `indices` (any shape) into the usage window."""
-        recent = indices.flatten()[-len(self.codebook_used):]
-        self.codebook_used.copy_(torch.cat([self.codebook_used[len(recent):], recent.float()]))
-
-    @torch.no_grad()
-    def restart_dead_codes(self, latents: torch.Tensor) -> int:
-        """Move every code that the usage window lacks onto a random one of `latents` (M, D); returns how many."""
-        used = torch.bincount(self.codebook_used.long(), minlength=len(self.embedding.weight))
-        dead = (used == 0).nonzero().flatten()
-        chosen = torch.randint(len(latents), (len(dead),), device=latents.device)
+    def restart(self, dead: torch.Tensor, latents: torch.Tensor) -> None:
+        """Move the codes marked in `dead` (n,) bool onto random ones of `latents` (M, D)."""
+        chosen = torch.randint(len(latents), (int(dead.sum()),), device=latents.device)
         self.embedding.weight[dead] = F.normalize(latents[chosen], dim=-1)
-        return len(dead)
 
 
 class VQModel(nn.Module):
@@ -627,6 +617,7 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["
 
     vq = VQModel(config).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(vq.parameters(), lr=lr, betas=(0.9, 0.95))
+    used = torch.zeros(config.codebook_size, dtype=torch.bool, device=device)  # since the last restart
     bar = tqdm(range(steps), "training tokenizer")
     for step in bar:
         rows = rng.integers(len(pixels), size=batch)
@@ -640,10 +631,11 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["
         loss.backward()
         nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
         optimizer.step()
-        vq.quantize.note_use(codes)
-        if step % 50 == 49 and step < 0.75 * steps:
+        used[codes.flatten()] = True
+        if step % 25 == 0 and step < 0.75 * steps:  # for the first time at once: codes start on the data
             with torch.no_grad():
-                vq.quantize.restart_dead_codes(vq.latents(x).movedim(1, -1).flatten(0, 2))
+                vq.quantize.restart(~used, vq.latents(x).movedim(1, -1).flatten(0, 2))
+            used.zero_()
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
     return vq.eval().requires_grad_(False)
