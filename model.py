@@ -14,7 +14,6 @@ t positions of this call, s positions attended to.
 
 import argparse
 import math
-import os
 import pickle
 from dataclasses import dataclass
 from functools import partial
@@ -252,21 +251,6 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints: {"model": student, "ema": teacher, "config": run config, ...}
 # ------------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(path: str | Path, content: dict) -> None:
-    """torch.save `content` to a temporary file beside `path`, then rename: `path` is never half-written.
-
-    Raises OSError, in one sentence, if it cannot be written; an older `path` then stays.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error}); free some space, an older file stays.") from error
 
 
 def load_checkpoint(path: str | Path) -> dict:

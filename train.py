@@ -38,7 +38,7 @@ from tqdm import tqdm
 import losses
 import sample
 import tokenizer
-from model import SIZES, ModelConfig, Transformer, load_checkpoint, load_model, save_checkpoint
+from model import SIZES, ModelConfig, Transformer, load_checkpoint, load_model
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -450,10 +450,11 @@ def report(run: Run, line: dict) -> None:
 def save(run: Run, step: int) -> None:
     """Write checkpoint.pt, all that --resume, sample.py and probe.py need, then a sample grid."""
     folder, config, model = Path("runs", run.config.name), run.config, run.student.model
-    save_checkpoint(folder / "checkpoint.pt", {
+    content = {
         "model": model.state_dict(), "ema": run.teacher.state_dict(),
         "projector": run.student.projector.state_dict(), "optimizer": run.optimizer.state_dict(),
-        "step": step, "config": asdict(config), "model_config": asdict(model.config), "data": run.cache.meta})
+        "step": step, "config": asdict(config), "model_config": asdict(model.config), "data": run.cache.meta}
+    tokenizer.write_file(folder / "checkpoint.pt", lambda file: torch.save(content, file))
     if config.samples and step > run.start:
         names = run.cache.meta["classes"]
         classes = [i * len(names) // config.samples % len(names) for i in range(config.samples)]
