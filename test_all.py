@@ -23,10 +23,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import fid
 import losses
 import model
 import sample
@@ -806,6 +808,228 @@ def test_sampling_scripts():
         refused = script("sample.py", *args)
         assert refused.returncode == 1 and "Traceback" not in refused.stderr
         assert all(word in refused.stderr for word in words.split()), refused.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------
+# fid.py
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _raises(error, call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except error as caught:
+        assert "\n" not in str(caught)
+        return str(caught)
+    raise AssertionError(f"{call.__name__} did not refuse")
+
+
+def _statistics(x):
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def test_fid_frechet_closed_forms():
+    """Known Gaussians, scipy's matrix square root, a set with itself, rank-deficient covariances."""
+    rng = np.random.default_rng(0)
+    a, b, m = rng.uniform(0.1, 2, 40), rng.uniform(0.1, 2, 40), rng.standard_normal(40)
+    Q = np.linalg.qr(rng.standard_normal((40, 40)))[0]  # shared axes: the covariances commute
+    closed = m @ m + np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    got = fid.frechet_distance(np.zeros(40), Q * a @ Q.T, m, Q * b @ Q.T)
+    assert abs(got - closed) < 1e-6, (got, closed)
+    for n in (30, 41, 400):  # fewer samples than features, as many, more
+        x, y = rng.standard_normal((n, 40)) * a, rng.standard_normal((n + 5, 40)) @ Q * b + 0.3
+        (mu1, s1), (mu2, s2) = _statistics(x), _statistics(y)
+        ridge = 1e-12 * np.eye(40)
+        root = scipy.linalg.sqrtm((s1 + ridge) @ (s2 + ridge)).real
+        oracle = np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * root)
+        got = fid.frechet_distance(mu1, s1, mu2, s2)
+        assert abs(got - oracle) < 1e-4 * oracle, (n, got, oracle)
+        assert abs(fid.frechet_distance(mu1, s1, mu1, s1)) < 1e-6
+        assert abs(fid.frechet_distance(mu2, s2, mu1, s1) - got) < 1e-8
+    _raises(ValueError, fid.frechet_distance, mu1, s1, mu2[1:], s2[1:, 1:])
+    _raises(ValueError, fid.frechet_distance, mu1, s1 - 9 * np.eye(40), mu2, s2)
+
+
+def test_fid_moments_and_inception_score():
+    """Streamed moments equal numpy's far from zero; IS by hand, 0 log 0 = 0, a shorter last split."""
+    x = 1000 + np.random.default_rng(1).standard_normal((101, 7))
+    for batch in (1, 10, 101):
+        moments = fid.Moments()
+        for part in torch.from_numpy(x).split(batch):
+            moments.add(part)
+        for got, oracle in zip(moments.result(), _statistics(x)):
+            assert np.allclose(got, oracle, rtol=1e-9, atol=1e-9)
+    assert abs(fid.inception_score(np.eye(4)) - 4) < 1e-12  # certain and diverse: the number of classes
+    assert abs(fid.inception_score(np.full((6, 4), 0.25)) - 1) < 1e-12
+    p = np.array([[0.9, 0.1], [0.2, 0.8]])
+    kl = sum(p[i, j] * np.log(p[i, j] / p[:, j].mean()) for i in range(2) for j in range(2)) / 2
+    assert abs(fid.inception_score(p) - np.exp(kl)) < 1e-12
+    assert abs(fid.inception_score(np.concatenate([np.eye(4), np.eye(4)[:2]]), split=4) - (4 + 2) / 2) < 1e-12
+
+
+def test_fid_precision_recall_brute_force():
+    """Against loops over all pairs, in blocks of every size; copies, ties and disjoint sets."""
+    rng = np.random.default_rng(2)
+
+    def brute(real, fake, k):
+        def radius(x, i):
+            return sorted(np.square(x[i] - y).sum() for j, y in enumerate(x) if j != i)[k - 1]
+        precision = [any(np.square(f - r).sum() <= radius(real, i) for i, r in enumerate(real)) for f in fake]
+        recall = [any(np.square(f - r).sum() <= radius(fake, i) for i, f in enumerate(fake)) for r in real]
+        return np.mean(precision), np.mean(recall)
+
+    for real, fake in ((rng.standard_normal((30, 3)), rng.standard_normal((21, 3)) * 0.6 + 0.4),
+                       (rng.integers(0, 4, (25, 2)), rng.integers(0, 5, (30, 2)))):  # integers: many ties
+        for k, block in ((3, 500), (3, 4), (1, 7), (5, 30)):
+            assert np.allclose(fid.precision_recall(real, fake, k, block), brute(real, fake, k)), (k, block)
+    x = rng.standard_normal((20, 600)).astype(np.float32).repeat(5, 0)  # each image five times: radii of zero
+    assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 100) == (0, 0)
+    _raises(ValueError, fid.precision_recall, x[:3], x)
+
+
+def test_fid_resize_adm():
+    """TensorFlow 1's bilinear, written as loops over its definition, up and down; exact in float32."""
+    f = np.float32
+    for H, W, size in ((5, 4, 9), (12, 17, 9), (9, 9, 9)):
+        x = np.random.default_rng(H).integers(0, 256, (H, W)).astype(f)
+        out = np.zeros((size, size), f)
+        for i, j in np.ndindex(size, size):
+            y, u = f(i) * (f(H) / f(size)), f(j) * (f(W) / f(size))
+            top, left = int(y), int(u)
+            low, right = min(top + 1, H - 1), min(left + 1, W - 1)
+            upper = x[top, left] + (x[top, right] - x[top, left]) * (u - f(left))
+            lower = x[low, left] + (x[low, right] - x[low, left]) * (u - f(left))
+            out[i, j] = upper + (lower - upper) * (y - f(top))
+        got = fid.resize_adm(torch.from_numpy(x).expand(2, 3, H, W), size)
+        assert got.shape == (2, 3, size, size) and (got[1, 2].numpy() == out).all()
+
+
+def _random_inception(path, counters=True):
+    torch.manual_seed(0)
+    state = {name: value for name, value in fid.InceptionV3().state_dict().items()
+             if counters or not name.endswith("num_batches_tracked")}
+    torch.save(state, path)
+    return state
+
+
+def test_fid_inception_weights():
+    """The published layout is loaded strictly, with and without counters; wrong and truncated files are named."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "weights.pth")
+        state = _random_inception(path, counters=False)
+        assert len(state) == 472 and len(fid.InceptionV3().state_dict()) == 566
+        layout = tokenizer.digest([[name, list(v.shape)] for name, v in sorted(fid.InceptionV3().state_dict().items())])
+        assert layout == "98efe1f44183bf67"  # names and shapes of pytorch-fid's fid_inception_v3()
+        model, line = fid.load_inception(path, folder, "adm", "cpu")
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items()) 
+        pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+        extract = fid.inception_extractor(model)
+        f, alone = extract(pixels), extract(pixels[:1])
+        assert f.pool.shape == (3, 2048) and f.spatial.shape == (3, 2023) and f.probabilities.shape == (3, 1008)
+        assert torch.allclose(f.pool[:1], alone.pool, rtol=1e-4, atol=1e-6)  # an image does not see its neighbours
+        model.fc.bias.copy_(torch.randn(1008))
+        assert torch.equal(extract(pixels).probabilities, f.probabilities)  # guards IS against the bias
+        whole = path.read_bytes()
+        path.write_bytes(whole[:1000])
+        _raises(ValueError, fid.load_inception, path, folder, "adm", "cpu")
+        torch.save({name: value for name, value in state.items() if name != "fc.weight"}, path)
+        _raises(ValueError, fid.load_inception, path, folder, "adm", "cpu")
+        torch.save(state | {"fc.weight": state["fc.weight"][:1000]}, path)
+        _raises(ValueError, fid.load_inception, path, folder, "adm", "cpu")
+
+
+def _extract_means(pixels):
+    """A cheap extractor: 6 features, probabilities of 3 classes."""
+    x = torch.from_numpy(pixels).double()
+    pool = torch.cat([x.mean((1, 2)), x.std((1, 2))], 1)
+    return fid.Features(pool.float(), pool[:, :2].float(), x.mean((1, 2)).softmax(1))
+
+
+def test_fid_sides_and_statistics():
+    """npz and flat folder give the same pixels; no number depends on the batch; statistics are reusable."""
+    pixels = np.random.default_rng(3).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        flat, npz = Path(folder, "flat"), f"{folder}/images.npz"
+        flat.mkdir()
+        for i, image in enumerate(pixels):
+            Image.fromarray(image).save(flat / f"{i:02d}.png")
+        np.savez(npz, arr_0=pixels, arr_1=np.arange(11) % 3, protocol=json.dumps({"cfg": 1.5, "weights": "ema"}))
+        sides = [fid.npz_side(npz), fid.image_side(fid.all_images(flat))]
+        for side in sides:
+            assert side.count == 11 and side.size == (8, 8)
+            assert all((np.concatenate(list(side.batches(batch))) == pixels).all() for batch in (1, 4, 50))
+        assert sides[0].protocol["cfg"] == 1.5 and sides[1].labels is None
+        a, b = (fid.feature_statistics(sides[0], _extract_means, batch) for batch in (1, 5))
+        for name in ("mu", "sigma", "mu_s", "sigma_s"):
+            assert np.allclose(a.moments[name], b.moments[name], rtol=1e-6)
+        assert abs(a.score / b.score - 1) < 1e-6 and a.agreement == b.agreement
+        row = fid.compare(a, b)
+        assert max(abs(row["FID"]), abs(row["sFID"])) < 1e-6 and row["precision"] == row["recall"] == 1
+        assert len(fid.feature_statistics(sides[0], _extract_means, 4, keep=5).features) == 5
+        np.savez(npz, **a.moments)  # statistics alone
+        again = fid.feature_statistics(fid.npz_side(npz), _extract_means)
+        row = fid.compare(again, b)
+        assert abs(row["FID"]) < 1e-6 and row["precision"] is None
+        _raises(ValueError, fid.check_statistics, fid.npz_side(npz), "features: InceptionV3, resize pytorch-fid")
+        lines = fid.protocol_lines(sides[0], sides[:1], "features: x") + fid.warning_lines(sides[0], sides[:1], 2048)
+        told = "\n".join(lines)
+        for word in ("cfg 1.5", "weights ema", sides[0].fingerprint, "11 images", "rank-deficient", "50,000"):
+            assert word in told, word
+
+
+def test_fid_bad_input():
+    """Each mistake ends in one sentence (a ValueError or OSError whose text says what)."""
+    with tempfile.TemporaryDirectory() as folder:
+        def npz(**arrays):
+            np.savez(f"{folder}/x.npz", **arrays)
+            return f"{folder}/x.npz"
+
+        good = np.zeros((4, 8, 8, 3), np.uint8)
+        for arrays in (dict(images=good), dict(arr_0=good.astype(np.float32)), dict(arr_0=good[:1]),
+                       dict(arr_0=good[..., :1]), dict(arr_0=good, arr_1=np.zeros(3)), dict(mu=np.zeros(3)),
+                       dict(arr_0=good, protocol="not json")):
+            _raises(ValueError, fid.npz_side, npz(**arrays))
+        path = Path(npz(arr_0=good))
+        path.write_bytes(path.read_bytes()[:300])
+        _raises(ValueError, fid.npz_side, path)
+        _raises(FileNotFoundError, fid.npz_side, f"{folder}/none.npz")
+        _raises(FileNotFoundError, fid.all_images, f"{folder}/none")
+        _raises(ValueError, fid.load_classifier, npz(arr_0=good), 8, 1, folder)
+        mixed = Path(folder, "mixed")
+        mixed.mkdir()
+        for i, side in enumerate((8, 8, 9)):
+            Image.new("RGB", (side, side)).save(mixed / f"{i}.png")
+        _raises(ValueError, lambda: list(fid.image_side(fid.all_images(mixed)).batches(2)))
+        _raises(ValueError, fid.open_sides, npz(arr_0=good), [str(mixed), "held-out"], "train", None)
+        np.savez(f"{folder}/y.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
+        _raises(ValueError, fid.open_sides, npz(arr_0=good), [f"{folder}/y.npz"], "train", None)
+
+
+def test_fid_classifier():
+    """Trained twice it is the same; it learns; it is found again in the cache; the global RNG is untouched."""
+    rng = np.random.default_rng(4)
+    with tempfile.TemporaryDirectory() as folder:
+        for c, colour in enumerate(("red", "green", "blue")):
+            Path(folder, "real", colour).mkdir(parents=True)
+            for i in range(30):  # noise with a tint
+                tint = rng.integers(0, 160, (16, 16, 3)) + 60 * (np.arange(3) == c)
+                Image.fromarray(tint.astype(np.uint8)).save(Path(folder, "real", colour, f"{i}.png"))
+        real, cache = f"{folder}/real", f"{folder}/cache"
+        before = torch.get_rng_state()
+        a, b = (fid.train_classifier(tokenizer.open_images(real), 16, 2, batch=8) for _ in range(2))
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+        assert torch.equal(before, torch.get_rng_state())
+        model, line = fid.load_classifier(real, 16, 30, cache)
+        again, same = fid.load_classifier(real, 16, 30, cache)
+        assert line == same and "held-out" in line and len(list(Path(cache).iterdir())) == 1
+        assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), again.state_dict().values()))
+        extract = fid.classifier_extractor(again)
+        got = fid.feature_statistics(fid.image_side(tokenizer.open_images(real, "val"), 16), extract, 5)
+        assert got.agreement > 0.6 and f"{got.agreement:.1%}" in line and got.moments["sigma"].shape == (256, 256)
+        row = fid.compare(got, got, "-c")
+        assert set(row) == {"FD-c", "precision-c", "recall-c", "class agreement"} and abs(row["FD-c"]) < 1e-6
+        next(Path(cache).iterdir()).write_bytes(b"cut")
+        _raises(ValueError, fid.load_classifier, real, 16, 30, cache)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,848 @@
+"""Numbers people can trust: FID, sFID, IS, precision and recall in torch, each printed with its protocol.
+
+Definitions are those of ADM's evaluation suite (Dhariwal & Nichol, arXiv 2105.05233; openai/guided-diffusion,
+evaluations/evaluator.py), which the paper uses, on the InceptionV3 weights released with
+mseitzer/pytorch-fid. Where those weights are missing, or images so small that Inception says little,
+`--features classifier` trains a small classifier on the real images and measures in its features; those
+numbers are called FD-c and so on, never FID.
+
+    python fid.py --real data/tiny-imagenet-200.zip --fake out.npz --json scores.json
+    python fid.py --real VIRTUAL_imagenet256_labeled.npz --fake samples.npz --weights inception.pth
+    python fid.py --real data/tiny-imagenet-200.zip --image-size 64 --save-stats tiny-imagenet-64.npz
+    python fid.py --real shapes --fake out.npz held-out --features classifier
+
+References: FID Heusel et al. 1706.08500, sFID Nash et al. 2103.03841, IS Salimans et al. 1606.03498,
+precision and recall Kynkaanniemi et al. 1904.06991. Shapes in comments: N images, B batch, H x W pixels, D
+features, K classes.
+"""
+
+import argparse
+import hashlib
+import json
+import pickle
+import sys
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+import scipy.special
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from tokenizer import (ImageSet, _decode, _list_files, center_crop, digest, open_images, read_pixels,
+                       to_float, write_file)
+
+# ------------------------------------------------------------------------------------------------------------
+# Image sets: what stands on either side of a comparison
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """Images of one size, read as a stream, or earlier statistics, or both (ADM's reference files)."""
+    name: str
+    fingerprint: str  # 16 hex digits
+    count: int | None  # N; None where a statistics file does not say
+    size: tuple[int, int] | None = None  # H, W in pixels; None for statistics alone
+    batches: Callable[[int], Iterator[np.ndarray]] | None = None  # batch size -> uint8 (B, H, W, 3), in order
+    labels: np.ndarray | None = None  # (N,) int
+    protocol: dict = field(default_factory=dict)  # how the images or statistics were made, as their file says
+    statistics: dict = field(default_factory=dict)  # mu (D,), sigma (D, D), mu_s, sigma_s
+
+
+def image_side(images: ImageSet, size: int | None = None) -> Side:
+    """A set opened by tokenizer.py as one side; with `size` every image is centre-cropped to (size, size).
+
+    Reading raises ValueError if there are fewer than 2 images, if one cannot be read, or if their sizes
+    differ.
+    """
+    if len(images) < 2:
+        raise ValueError(f"{images.source} holds {len(images)} image(s) to compare; at least 2 are needed.")
+    shape = (size, size) if size else images.read(0).size[::-1]
+
+    def pixels(image):
+        if not size and image.size[::-1] != shape:
+            raise ValueError(f"{images.source} holds images of different sizes ({shape[1]} x {shape[0]} and "
+                             f"{image.width} x {image.height}); --image-size N crops the real ones to N px.")
+        return np.asarray(center_crop(image, size) if size else image)
+
+    def batches(batch):
+        for start in range(0, len(images), batch):
+            rows = range(start, min(start + batch, len(images)))
+            try:
+                yield np.stack(read_pixels(images, rows, pixels, skip_corrupt=False))
+            except ValueError as error:  # here no image may be left out: it would change the number
+                raise ValueError(str(error).split(", or pass --skip-corrupt")[0]) from None
+
+    name = f"{images.source} {images.split}".strip() + (f" centre-cropped to {size} px" if size else "")
+    labels = images.labels if images.classes else None
+    return Side(name, images.fingerprint, len(images), shape, batches, labels)
+
+
+def all_images(source: str | Path) -> ImageSet:
+    """Every image below a folder or in a zip, in order of name, whatever the layout; without labels."""
+    if not Path(source).exists():
+        raise FileNotFoundError(f"{source} does not exist; a folder, a zip or an .npz of images is needed.")
+    files, read_bytes = _list_files(Path(source))
+    suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+    names = sorted(name for name in files if name.lower().endswith(suffixes))
+    return ImageSet(str(source), "", names, np.zeros(len(names), np.int64), [],
+                    digest([(name, files[name]) for name in names]),
+                    lambda i: _decode(read_bytes(names[i]), f"{source}/{names[i]}"))
+
+
+def npz_side(path: str | Path) -> Side:
+    """ADM's .npz: images `arr_0` uint8 (N, H, W, 3), classes `arr_1` (N,); or statistics; or both.
+
+    `protocol`, a JSON string, is read where sample.py or --save-stats wrote it. Pixels are streamed from the
+    file. Raises FileNotFoundError, or ValueError if the file is damaged, holds neither, or holds no uint8
+    images.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file.")
+    try:
+        with np.load(path) as file:  # an array is read only when asked for
+            small = {key: file[key] for key in file.files if key != "arr_0"}
+            has_images = "arr_0" in file.files
+    except (zipfile.BadZipFile, zlib.error, EOFError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole .npz file ({error}); copy or write it again.") from None
+    try:
+        protocol = dict(json.loads(str(small.get("protocol", "{}"))))
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} has a protocol that is not a JSON object; sample again.") from None
+    statistics = {key: small[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in small}
+    if not has_images and not {"mu", "sigma"} <= set(statistics):
+        raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma): {sorted(small)}.")
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            sha.update(chunk)
+    fingerprint = sha.hexdigest()[:16]
+    if not has_images:
+        return Side(str(path), fingerprint, protocol.get("images"), protocol=protocol, statistics=statistics)
+    (N, *shape), labels = _npy_header(path), small.get("arr_1")
+    if labels is not None and labels.shape != (N,):
+        raise ValueError(f"{path} has {N} images but labels (arr_1) of shape {labels.shape}, not ({N},).")
+    return Side(str(path), fingerprint, N, tuple(shape[:2]), lambda batch: _npz_batches(path, batch), labels,
+                protocol, statistics)
+
+
+def _npy_header(path, file=None) -> tuple[int, ...]:
+    """Shape of arr_0; leaves an opened `file` behind its header. ValueError unless uint8 (N, H, W, 3)."""
+    if file is None:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            return _npy_header(path, file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
+        raise ValueError(f"{path} holds {dtype} images of shape {shape}; uint8 (N, H, W, 3) is needed.")
+    if shape[0] < 2:
+        raise ValueError(f"{path} holds {shape[0]} image(s) to compare; at least 2 are needed.")
+    return shape
+
+
+def _npz_batches(path, batch: int) -> Iterator[np.ndarray]:
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            N, *shape = _npy_header(path, file)
+            for start in range(0, N, batch):
+                data = file.read(min(batch, N - start) * int(np.prod(shape)))
+                yield np.frombuffer(data, np.uint8).reshape(min(batch, N - start), *shape)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or write it again.") from None
+
+
+def read_ahead(batches: Iterable) -> Iterator:
+    """The items of `batches`; the next one is read in a thread while the caller works on this one."""
+    items = iter(batches)
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The measures: pure functions on arrays
+# ------------------------------------------------------------------------------------------------------------
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """Squared Frechet (Wasserstein-2) distance of two Gaussians, (D,) and (D, D) each (Heusel et al., Eq. 6).
+
+        d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)
+
+    With S1 = A A^T and S2 = B B^T the last trace is the sum of the singular values of A^T B, for any such A
+    and B. That needs no complex numbers and no matrix square root, and rank-deficient covariances are its
+    cheap case. Raises ValueError if the shapes differ or a matrix is not a finite covariance.
+    """
+    if np.shape(mu1) != np.shape(mu2) or np.shape(sigma1) != np.shape(sigma2):
+        raise ValueError(f"statistics of {np.size(mu1)} and of {np.size(mu2)} features do not compare.")
+    M = _factor(sigma1).T @ _factor(sigma2)  # (rank 1, rank 2)
+    M = M if M.shape[0] <= M.shape[1] else M.T  # the smaller Gram matrix has no null space
+    trace = np.sqrt(np.linalg.eigvalsh(M @ M.T).clip(0)).sum()
+    difference = np.asarray(mu1, np.float64) - np.asarray(mu2, np.float64)
+    return float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
+
+
+def _factor(sigma: np.ndarray) -> np.ndarray:
+    """A (D, rank) with A A^T = sigma (D, D), positive semi-definite: Cholesky with pivoting, float64."""
+    sigma = np.asarray(sigma, np.float64)
+    if not np.isfinite(sigma).all() or abs(sigma - sigma.T).max() > 1e-6 * abs(sigma).max():
+        raise ValueError("a covariance matrix is not finite or not symmetric; compute the statistics again.")
+    lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
+    A = np.zeros((len(sigma), rank))
+    A[pivots - 1] = np.tril(lower)[:, :rank]
+    if abs(np.trace(sigma) - np.square(A).sum()) > 1e-6 * abs(np.trace(sigma)):
+        raise ValueError("a covariance matrix has negative eigenvalues; compute the statistics again.")
+    return A
+
+
+def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
+    """Mean over splits of exp(mean KL(p(y|x) || p(y))), from (N, K) probabilities (Salimans et al.).
+
+    A shorter last split counts like the others, as in ADM. 0 log 0 = 0, where ADM's code gives nan. From 1 to
+    K.
+    """
+    splits = [probabilities[i:i + split] for i in range(0, len(probabilities), split)]
+    return float(np.mean([_split_score(p) for p in splits]))
+
+
+def _split_score(p: np.ndarray) -> float:
+    p = np.asarray(p, np.float64)
+    return np.exp(scipy.special.rel_entr(p, p.mean(0)).sum(1).mean())
+
+
+def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3, block: int = 500) -> tuple[float, float]:
+    """Share of fakes (N2, D) in the reals' manifold, of reals (N1, D) in the fakes' (Kynkaanniemi et al.).
+
+    A manifold is the union of balls around its samples that reach to their k-th neighbour, themselves not
+    counted. Exact in float64, where ADM's code rounds to float16; `block` rows of distances at a time, 8
+    block max(N) bytes. Raises ValueError if a side has k images or fewer.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision and recall with k = {k} need more than {k} images on both sides.")
+    real, fake = (torch.as_tensor(x).to(torch.float64) for x in (real, fake))
+    radius_real, radius_fake = (torch.cat([_squared_distances(rows, x).kthvalue(k + 1).values
+                                           for rows in x.split(block)]) for x in (real, fake))
+    precise, covered = 0, torch.zeros(len(real), dtype=torch.bool)
+    for rows, radius in zip(fake.split(block), radius_fake.split(block)):
+        distance = _squared_distances(rows, real)  # (block, N1)
+        precise += (distance <= radius_real).any(1).sum().item()
+        covered |= (distance <= radius[:, None]).any(0)
+    return precise / len(fake), covered.double().mean().item()
+
+
+def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(n, D), (m, D) -> (n, m); mere rounding becomes 0, so that copies of an image are at distance 0."""
+    norms = a.square().sum(1)[:, None] + b.square().sum(1)
+    distance = torch.addmm(norms, a, b.T, alpha=-2)
+    return distance.masked_fill_(distance < norms.mul_(1e-13), 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Feature statistics, streamed
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Features(NamedTuple):
+    """What an extractor makes of B images."""
+    pool: torch.Tensor  # (B, D) float32
+    spatial: torch.Tensor | None  # (B, 2023) float32, Inception only
+    probabilities: torch.Tensor  # (B, K) float64
+
+
+class Moments:
+    """Mean and covariance of a stream of vectors, in float64, on the device the vectors come from."""
+
+    def __init__(self):
+        self.count = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Take in (B, D) vectors."""
+        x = x.double()
+        if self.count == 0:  # differences to the first vector are summed: no cancellation under a large mean
+            D = x.shape[1]
+            self.first, self.sum, self.outer = x[0].clone(), x.new_zeros(D), x.new_zeros(D, D)
+        x = x - self.first
+        self.count += len(x)
+        self.sum += x.sum(0)
+        self.outer.addmm_(x.T, x)
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """mu (D,) and sigma (D, D), normalised by N - 1 as np.cov does."""
+        mean = self.sum / self.count
+        sigma = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return (self.first + mean).cpu().numpy(), sigma.cpu().numpy()
+
+
+@dataclass
+class Statistics:
+    """What the measures need to know of one side."""
+    moments: dict[str, np.ndarray]  # mu, sigma and, for Inception, mu_s, sigma_s
+    features: np.ndarray | None = None  # (n, D) float32: evenly spaced images, for precision and recall
+    score: float | None = None  # inception score
+    agreement: float | None = None  # share of images whose most probable class is their label
+
+
+def feature_statistics(side: Side, extract: Callable[[np.ndarray], Features], batch: int = 64,
+                       keep: int = 10_000) -> Statistics:
+    """One pass over the images of a side. Of the features, those of at most `keep` images stay in memory.
+
+    Statistics that came with the file are used instead of computed ones, as ADM does with its reference
+    files.
+    """
+    if side.batches is None:
+        return Statistics(side.statistics)
+    N, done, hits = side.count, 0, 0
+    kept = np.zeros(N, bool)
+    kept[np.linspace(0, N - 1, min(keep, N)).astype(int)] = True
+    pool, spatial, features, waiting, scores = Moments(), Moments(), [], [], []
+    for pixels in tqdm(read_ahead(side.batches(batch)), side.name, -(-N // batch), unit="batch", leave=False):
+        rows = slice(done, done + len(pixels))
+        f = extract(pixels)
+        pool.add(f.pool)
+        if f.spatial is not None:
+            spatial.add(f.spatial)
+        features.append(f.pool.cpu().numpy()[kept[rows]])
+        if side.labels is not None:
+            hits += (f.probabilities.argmax(1).cpu().numpy() == side.labels[rows]).sum()
+        for p in f.probabilities.cpu().numpy():  # whole splits leave memory as they fill
+            waiting.append(p)
+            if len(waiting) == 5000:
+                scores.append(_split_score(np.stack(waiting)))
+                waiting.clear()
+        done += len(pixels)
+    if waiting:
+        scores.append(_split_score(np.stack(waiting)))
+    moments = dict(zip(("mu", "sigma"), pool.result()))
+    if spatial.count:
+        moments |= dict(zip(("mu_s", "sigma_s"), spatial.result()))
+    return Statistics(side.statistics or moments, np.concatenate(features), float(np.mean(scores)),
+                      None if side.labels is None else hits / N)
+
+
+def compare(real: Statistics, fake: Statistics, suffix: str = "") -> dict[str, float | None]:
+    """The row of a table; None where a side lacks what a measure needs. `suffix` "-c": of a classifier."""
+    def frechet(*names):
+        if set(names) <= real.moments.keys() & fake.moments.keys():
+            return frechet_distance(*(side.moments[name] for side in (real, fake) for name in names))
+
+    both = real.features is not None and fake.features is not None
+    precision, recall = precision_recall(real.features, fake.features) if both else (None, None)
+    if suffix:
+        return {f"FD{suffix}": frechet("mu", "sigma"), f"precision{suffix}": precision,
+                f"recall{suffix}": recall, "class agreement": fake.agreement}
+    return {"FID": frechet("mu", "sigma"), "sFID": frechet("mu_s", "sigma_s"), "IS": fake.score,
+            "precision": precision, "recall": recall}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# In-domain features: a small residual classifier of the real images
+# ------------------------------------------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """(B, cin, h, w) -> (B, cout, h / 2, w / 2)."""
+
+    def __init__(self, cin: int, cout: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, cout, 3, stride=2, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1, bias=False)
+        self.skip = nn.Conv2d(cin, cout, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(cout), nn.BatchNorm2d(cout)
+
+    def forward(self, x):
+        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(h + self.skip(F.avg_pool2d(x, 2)))
+
+
+class Classifier(nn.Module):
+    """float (B, 3, S, S) in [-1, 1] -> features (B, 256) and logits (B, K)."""
+
+    def __init__(self, classes: int, size: int):
+        super().__init__()
+        stride = max(size // 32, 1)  # the stem leaves about 32 x 32 places at every image size
+        self.stem = nn.Conv2d(3, 32, 2 * stride + 1, stride, padding=stride, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.blocks = nn.Sequential(ResidualBlock(32, 64), ResidualBlock(64, 128), ResidualBlock(128, 256))
+        self.head = nn.Linear(256, classes)
+
+    def forward(self, x):
+        features = self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3))
+        return features, self.head(features)
+
+
+def train_classifier(images: ImageSet, size: int, steps: int, batch: int = 64,
+                     device: str = "cpu") -> Classifier:
+    """SGD on images of `size` pixels, one cycle, flips and shifts up to size / 8. The same on every call."""
+    rng, order = np.random.default_rng(0), np.zeros(0, np.int64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Classifier(len(images.classes), size).to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
+    shift = size // 8
+
+    def batches():
+        nonlocal order
+        for _ in range(steps):
+            while len(order) < batch:
+                order = np.concatenate([order, rng.permutation(len(images))])
+            rows, order = order[:batch], order[batch:]
+            pixels = np.stack(read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)),
+                                          skip_corrupt=False))
+            pixels = np.pad(pixels, ((0, 0), (shift, shift), (shift, shift), (0, 0)), "reflect")
+            places = rng.integers(2 * shift + 1, size=(batch, 2))
+            flips = rng.choice([1, -1], size=batch)
+            crops = [p[y:y + size, x:x + size][:, ::flip] for p, (y, x), flip in zip(pixels, places, flips)]
+            yield np.stack(crops), images.labels[rows]
+
+    for pixels, labels in (bar := tqdm(read_ahead(batches()), "training the classifier", steps)):
+        x = to_float(torch.from_numpy(pixels).to(device))
+        loss = F.cross_entropy(model(x)[1], torch.from_numpy(labels).to(device), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if bar.n % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval().requires_grad_(False)
+
+
+def load_classifier(source: str, size: int, steps: int, cache: str | Path = "cache",
+                    device: str = "cpu") -> tuple[Classifier, str]:
+    """The classifier of `source` (what open_images takes) and its protocol line; trained if not in `cache`.
+
+    Raises ValueError if `source` has no labels or the cached file is damaged.
+    """
+    if str(source).endswith(".npz"):
+        raise ValueError(f"--features classifier trains on labelled images and {source} is an .npz; name "
+                         "with --real a folder or a zip with one folder per class, or shapes.")
+    images = open_images(source)
+    meta = {"images": images.fingerprint, "classes": images.classes, "size": size, "steps": steps}
+    path = Path(cache) / f"classifier-{Path(source).name}-{size}px-{digest(meta)[:8]}.pt"
+    if not path.exists():
+        model = train_classifier(images, size, steps, device=device)
+        held_out = image_side(open_images(source, "val"), size)
+        accuracy = feature_statistics(held_out, classifier_extractor(model, device)).agreement
+        state = {name: value.cpu() for name, value in model.state_dict().items()}
+        write_file(path, lambda file: torch.save({"model": state, "accuracy": float(accuracy),
+                                                  "held_out": held_out.count, "meta": meta}, file))
+    saved = _load_weights(path)
+    model = Classifier(len(images.classes), size)
+    if saved.get("meta") != meta:
+        raise ValueError(f"{path} is not the classifier of {source}; delete it to train one again.")
+    model.load_state_dict(saved["model"])
+    line = (f"features: classifier {_weights_hash(saved['model'])[:16]}, trained for {steps:,} steps on "
+            f"{len(images):,} images of {source} train ({images.fingerprint}) at {size} px; right on "
+            f"{saved['accuracy']:.1%} of {saved['held_out']:,} held-out ones; {len(images.classes)} classes")
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), line
+
+
+def classifier_extractor(model: Classifier, device: str = "cpu") -> Callable[[np.ndarray], Features]:
+    """uint8 (B, S, S, 3) -> Features: D = 256, no spatial ones, probabilities over the classes trained on."""
+    @torch.no_grad()
+    def extract(pixels):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            pool, logits = model(to_float(torch.from_numpy(pixels).to(device)))
+        return Features(pool, None, logits.double().softmax(1))
+    return extract
+
+
+def _load_weights(path) -> dict:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist.") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
+        reason = str(error).split("\n")[0][:100]
+        raise ValueError(f"{path} is not a whole file of weights ({reason}); get it again.") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} holds a {type(saved).__name__}, not a dictionary of weights.")
+    return saved
+
+
+def _weights_hash(state: dict[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        sha.update(name.encode() + state[name].contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line: the table and its protocol
+# ------------------------------------------------------------------------------------------------------------
+
+CONVENTION = 50_000  # samples behind a published FID; ADM's precision and recall have 10,000 reals
+
+
+def protocol_lines(real: Side, fakes: list[Side], features: str) -> list[str]:
+    """What the numbers were measured on and how: one line a side, one for the features."""
+    def line(role, side):
+        count = "an unknown number of" if side.count is None else f"{side.count:,}"
+        size = f" of {side.size[1]} x {side.size[0]}" if side.size else ""
+        made = ", ".join(f"{key} {value}" for key, value in side.protocol.items() if key != "features")
+        if role == "fake":
+            made = made or "guidance, temperature, student or teacher: not recorded in the file"
+        source = "; covariances from the file's own statistics" if side.statistics else ""
+        return f"{role}: {side.name}, {count} images{size}, fingerprint {side.fingerprint}{source}" + \
+            (f"; {made}" if made else "")
+
+    return [line("real", real), *(line("fake", side) for side in fakes), features,
+            "precision, recall: k = 3, float64, on at most 10,000 real and 50,000 fake images, evenly spaced"]
+
+
+def warning_lines(real: Side, fakes: list[Side], dims: int) -> list[str]:
+    """Reasons to distrust or not to compare the numbers of a table, `dims` being the number of features."""
+    lines = []
+    for side in {side.fingerprint: side for side in (real, *fakes)}.values():
+        if side.count is not None and side.count < max(dims, 2048):
+            rank = "; the covariance is rank-deficient" if side.count <= dims else ""
+            lines.append(f"warning: {side.name} has {side.count:,} images, under 2,048: the distance is "
+                         f"biased upwards{rank}")
+    if odd := sorted({side.count for side in fakes if side.count != CONVENTION}, key=str):
+        counts = ", ".join("unknown" if count is None else f"{count:,}" for count in odd)
+        lines.append(f"warning: sample counts of {counts} instead of the usual {CONVENTION:,}: not "
+                     "comparable with published numbers, nor with each other unless equal")
+    if real.batches is None:
+        lines.append(f"warning: {real.name} holds statistics alone; precision and recall need its images")
+    return lines
+
+
+def format_table(rows: dict[str, dict[str, float | None]]) -> str:
+    """{name: {measure: value}} -> aligned text; "-" where there is no value."""
+    head = list(next(iter(rows.values())))
+    cells = [[name, *("-" if value is None else f"{round(value, 4) + 0.0:.4f}" for value in row.values())]
+             for name, row in rows.items()]  # + 0.0: no "-0.0000"
+    widths = [max(map(len, column)) for column in zip(["", *head], *cells)]
+    return "\n".join("  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])])
+                     for name, *values in [["", *head], *cells])
+
+
+def open_sides(real: str, fakes: list[str], split: str, size: int | None) -> tuple[Side, list[Side]]:
+    """Open both sides at one image size: real folders and zips are centre-cropped to the fakes' (or `size`).
+
+    The fake "held-out" stands for the validation images of `real`. Raises ValueError if sizes do not agree.
+    """
+    def open_real(split):
+        return image_side(open_images(real, split), size)
+
+    opened = {name: npz_side(name) if name.endswith(".npz") else image_side(all_images(name))
+              for name in dict.fromkeys(fakes) if name != "held-out"}
+    size = size or next((side.size[0] for side in opened.values() if side.size), None)
+    if real.endswith(".npz") and "held-out" in fakes:
+        raise ValueError(f"held-out stands for validation images of --real; {real} is an .npz without.")
+    if not Path(real).exists() and real != "shapes":
+        raise FileNotFoundError(f"{real} does not exist; --real takes a folder, a zip, an .npz, or: shapes.")
+    sides = [npz_side(real) if real.endswith(".npz") else open_real(split),
+             *(opened[name] if name in opened else
+               replace(open_real("val"), name=name, protocol={"real images": f"{real} val"})
+               for name in dict.fromkeys(fakes))]
+    sizes = {side.size: side.name for side in sides if side.size}
+    if len(sizes) > 1:
+        told = ", ".join(f"{name} ({shape[1]} x {shape[0]})" for shape, name in sizes.items())
+        raise ValueError(f"images of different sizes do not compare: {told}; sample again at one size, or "
+                         "crop real ones with --image-size.")
+    return sides[0], sides[1:]
+
+
+def check_statistics(side: Side, features: str) -> None:
+    """Statistics must come from the same features. Those without a protocol are ADM's, hence of --resize adm.
+
+    Raises ValueError naming both sides.
+    """
+    unmarked = features if "resize adm" in features else "ADM's suite or another package"
+    made = side.protocol.get("features", unmarked)
+    if side.statistics and made != features:
+        raise ValueError(f"the statistics {side.name} were made with {made!r}, the images would be read with "
+                         f"{features!r}; use the same --features, --weights and --resize, or the images.")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--real", required=True, help="folder, zip, shapes, or .npz of images or statistics")
+    parser.add_argument("--fake", nargs="*", default=[], help=".npz, folder or zip of samples, or: held-out")
+    parser.add_argument("--split", choices=["train", "val"], default="train", help="which images of --real")
+    parser.add_argument("--image-size", type=int, help="centre-crop real images (default: to the fakes')")
+    parser.add_argument("--features", choices=["inception", "classifier"], default="inception")
+    parser.add_argument("--resize", choices=["adm", "pytorch-fid"], default="adm", help="to 299 px")
+    parser.add_argument("--weights", help="InceptionV3's weights (default: downloaded once into --cache)")
+    parser.add_argument("--classifier-steps", type=int, default=1200, help="training steps of 64 images")
+    parser.add_argument("--cache", default="cache", help="folder for weights and trained classifiers")
+    parser.add_argument("--save-stats", metavar="FILE", help="write the real side's statistics as .npz")
+    parser.add_argument("--json", metavar="FILE", help="write the table, protocol and warnings")
+    parser.add_argument("--batch", type=int, default=64, help="images at once; no number depends on it")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if not args.fake and not args.save_stats:
+        parser.error("nothing to do: name samples with --fake, or a file with --save-stats")
+    if args.save_stats and args.features == "classifier":
+        parser.error("--save-stats is for Inception; features of a classifier compare only within one table")
+    if args.batch < 1 or args.classifier_steps < 1 or (args.image_size or 1) < 1:
+        parser.error("--batch, --classifier-steps and --image-size must be at least 1")
+    return args
+
+
+def main() -> None:
+    """Parse the command line, measure, print the table with its protocol, write what was asked for."""
+    args = parse_args()
+    real, fakes = open_sides(args.real, args.fake, args.split, args.image_size)
+    suffix, dims, note = "", 2048, []
+    if args.features == "classifier":
+        size = fakes[0].size and fakes[0].size[0]
+        if any(side.size is None or side.size[0] != side.size[1] for side in (real, *fakes)):
+            raise ValueError("--features classifier needs square images on both sides, not statistics.")
+        model, features = load_classifier(args.real, size, args.classifier_steps, args.cache, args.device)
+        extract, K = classifier_extractor(model, args.device), model.head.out_features
+        suffix, dims = "-c", 256
+        note = ["FD-c, precision-c, recall-c, class agreement: compare only with each other, never with FID"]
+        for side in fakes:
+            if side.labels is None:
+                note.append(f"{side.name} has no labels (arr_1), hence no class agreement")
+            elif not 0 <= side.labels.min() <= side.labels.max() < K:
+                raise ValueError(f"{side.name} has labels {side.labels.min()} to {side.labels.max()}, "
+                                 f"{args.real} has {K} classes; these samples belong to other data.")
+    else:
+        model, features = load_inception(args.weights, args.cache, args.resize, args.device)
+        extract = inception_extractor(model, args.resize, args.device)
+        for side in (real, *fakes):
+            check_statistics(side, features)
+
+    protocol = protocol_lines(real, fakes, features) + note
+    warnings = warning_lines(real, fakes, dims) + (
+        ["warning: these are not the published Inception weights; the numbers compare only with each other"]
+        if not suffix and INCEPTION_SHA256[:16] not in features else [])
+    reference = feature_statistics(real, extract, args.batch)
+    if args.save_stats:
+        about = json.dumps({"images": real.count, "source": real.name, "fingerprint": real.fingerprint,
+                            "features": features})
+        write_file(args.save_stats, lambda file: np.savez(file, **reference.moments, protocol=about))
+    rows = {side.name: compare(reference, feature_statistics(side, extract, args.batch, CONVENTION), suffix)
+            for side in fakes}
+    if rows:
+        print(format_table(rows))
+    print("\n".join(protocol + warnings))
+    if args.json:
+        scores = {"scores": rows, "protocol": protocol, "warnings": warnings}
+        write_file(args.json, lambda file: file.write(json.dumps(scores, indent=1).encode()))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# InceptionV3 of 2015-12-05, as FID has always used it (Szegedy et al., arXiv 1512.00567)
+# ------------------------------------------------------------------------------------------------------------
+
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 "pt_inception-2015-12-05-6726825d.pth")
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_SIZE = 95_628_359
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch norm, ReLU; padded to keep the size unless it strides."""
+
+    def __init__(self, cin: int, cout: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True):
+        super().__init__()
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = tuple(k // 2 for k in kernel) if pad and stride == 1 else 0
+        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(cout, eps=0.001)
+
+    def forward(self, x):
+        return F.relu_(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """Chains of convolutions side by side, then a pooled one; outputs are concatenated in this order.
+
+    A chain is a list of (name, width, kernel[, stride]), or of a pair of these where the chain forks. The
+    pooled one is "avg" or "max" followed by a 1 x 1 convolution to `width`, or "halve", a strided max alone,
+    with width 0.
+    """
+
+    def __init__(self, cin: int, chains: list[list], pool: str, width: int):
+        super().__init__()
+        self.pool, self.chains, self.width = pool, [], width or cin
+        for chain in chains:
+            c, names = cin, []
+            for step in chain:
+                fork = step if isinstance(step, list) else [step]
+                for name, *shape in fork:
+                    self.add_module(name, ConvNorm(c, *shape))
+                names.append([name for name, *_ in fork])
+                c = sum(shape[0] for _, *shape in fork)
+            self.chains.append(names)
+            self.width += c
+        self.branch_pool = ConvNorm(cin, width, 1) if width else nn.Identity()
+
+    def forward(self, x):
+        outputs = []
+        for chain in self.chains:
+            h = [x]
+            for names in chain:
+                h = [self.get_submodule(name)(h[0]) for name in names]
+            outputs += h
+        if self.pool == "avg":  # TensorFlow's average does not count the padding
+            pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        else:
+            pooled = F.max_pool2d(x, 3, 1, 1) if self.pool == "max" else F.max_pool2d(x, 3, 2)
+        return torch.cat([*outputs, self.branch_pool(pooled)], 1)
+
+
+def _block_a(width):  # 35 x 35
+    return [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
+            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]], "avg", width
+
+
+def _block_c(c):  # 17 x 17
+    return [[("branch1x1", 192, 1)],
+            [("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))],
+            [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)), ("branch7x7dbl_3", c, (1, 7)),
+             ("branch7x7dbl_4", c, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))]], "avg", 192
+
+
+def _block_e(pool):  # 8 x 8
+    return [[("branch1x1", 320, 1)],
+            [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]],
+            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
+             [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]]], pool, 192
+
+
+_MIXED = {
+    "Mixed_5b": _block_a(32), "Mixed_5c": _block_a(64), "Mixed_5d": _block_a(64),
+    "Mixed_6a": ([[("branch3x3", 384, 3, 2)],
+                  [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)]],
+                 "halve", 0),
+    "Mixed_6b": _block_c(128), "Mixed_6c": _block_c(160), "Mixed_6d": _block_c(160),
+    "Mixed_6e": _block_c(192),
+    "Mixed_7a": ([[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
+                  [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
+                   ("branch7x7x3_4", 192, 3, 2)]], "halve", 0),
+    "Mixed_7b": _block_e("avg"), "Mixed_7c": _block_e("max"),  # max: a slip of 2015 that every FID repeats
+}
+
+
+class InceptionV3(nn.Module):
+    """float (B, 3, 299, 299) in [-1, 1] -> pool3 (B, 2048), spatial (B, 2023).
+
+    Parameter names are those of pt_inception-2015-12-05-6726825d.pth. The spatial features are the first 7
+    channels of TensorFlow's mixed_6/conv, the first branch of Mixed_6d, in TensorFlow's order: 17 x 17
+    places, channels last.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, pad=False)
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
+        self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, pad=False)
+        width = 192
+        for name, parts in _MIXED.items():
+            self.add_module(name, Mixed(width, *parts))
+            width = self.get_submodule(name).width
+        self.fc = nn.Linear(2048, 1008)
+
+    def forward(self, x):
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))  # (B, 192, 71, 71)
+        x = F.max_pool2d(x, 3, 2)  # (B, 192, 35, 35)
+        for name in _MIXED:
+            x = self.get_submodule(name)(x)  # 5: (B, 288, 35, 35), 6: (B, 768, 17, 17), 7: (B, 2048, 8, 8)
+            if name == "Mixed_6d":
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
+        return x.mean((2, 3)), spatial
+
+
+def resize_adm(x: torch.Tensor, size: int = 299) -> torch.Tensor:
+    """float (B, 3, H, W) -> (B, 3, size, size) as TensorFlow 1's ResizeBilinear: src = dst * in / size.
+
+    Neither half-pixel centres nor align_corners nor antialias, so that no F.interpolate does it; the
+    operations are in TensorFlow's order and in float32.
+    """
+    for axis in (3, 2):
+        length = x.shape[axis]
+        scale = float(np.float32(length) / np.float32(size))  # TensorFlow's, rounded to float32
+        source = torch.arange(size, device=x.device, dtype=torch.float32) * scale
+        low = source.floor().long()
+        high = (low + 1).clamp(max=length - 1)
+        weight = (source - low).view(-1, *[1] * (3 - axis))
+        a, b = x.index_select(axis, low), x.index_select(axis, high)
+        x = a + (b - a) * weight
+    return x
+
+
+def load_inception(weights: str | None, cache: str | Path, resize: str,
+                   device: str) -> tuple[InceptionV3, str]:
+    """InceptionV3 with the weights in a file (by default downloaded once to `cache`), and its protocol line.
+
+    Raises ValueError if the download fails, or if the file is truncated or of another network.
+    """
+    path = Path(weights or Path(cache) / INCEPTION_URL.rsplit("/", 1)[1])
+    if not weights and not path.exists():
+        write_file(path, _download_inception)
+    state, model = _load_weights(path), InceptionV3()
+    own = model.state_dict()  # files saved before torch 0.4.1 lack the counters, which nothing here reads
+    state = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | state
+    wrong = sorted(state.keys() ^ own.keys()) or \
+        [name for name in own if getattr(state[name], "shape", None) != own[name].shape]
+    if wrong:
+        raise ValueError(f"{path} is not FID's InceptionV3 ({len(wrong)} names or shapes differ, {wrong[0]} "
+                         f"first); get {INCEPTION_URL}.")
+    model.load_state_dict(state)
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()
+    features = f"features: InceptionV3 with weights of sha256 {sha[:16]}, resize {resize}, float32"
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), features
+
+
+def _download_inception(file) -> None:
+    sha = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(INCEPTION_URL, timeout=15) as response, \
+                tqdm(total=INCEPTION_SIZE, unit="B", unit_scale=True, desc="downloading InceptionV3") as bar:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                sha.update(chunk)
+                bar.update(len(chunk))
+    except OSError as error:
+        raise ValueError(f"{INCEPTION_URL} cannot be read ({error}); fetch it elsewhere and name it with "
+                         "--weights, or use --features classifier.") from error
+    if sha.hexdigest() != INCEPTION_SHA256:
+        raise ValueError(f"{INCEPTION_URL} sent something else (sha256 {sha.hexdigest()[:16]}); try again.")
+
+
+def inception_extractor(model: InceptionV3, resize: str = "adm",
+                        device: str = "cpu") -> Callable[[np.ndarray], Features]:
+    """uint8 (B, H, W, 3) -> Features: D = 2048, 2023 spatial ones, K = 1008 probabilities.
+
+    `resize` "adm" is TensorFlow's bilinear and (x - 128) / 128; "pytorch-fid" half-pixel bilinear and x /
+    127.5 - 1.
+    """
+    @torch.no_grad()
+    def extract(pixels):
+        x = torch.from_numpy(pixels).to(device).movedim(-1, 1).float()
+        if resize == "adm":
+            x = (resize_adm(x) - 128) / 128
+        else:
+            x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) / 127.5 - 1
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            pool, spatial = model(x.contiguous(memory_format=torch.channels_last))
+        logits = pool @ model.fc.weight.T  # ADM: without the bias
+        return Features(pool, spatial, logits.double().softmax(1))
+    return extract
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
+        sys.exit(f"fid.py: {error}")
