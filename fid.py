@@ -41,10 +41,7 @@ from tqdm import tqdm
 from tokenizer import (ImageSet, _decode, _list_files, center_crop, digest, open_images, read_pixels,
                        to_float, write_file)
 
-# ------------------------------------------------------------------------------------------------------------
-# Image sets: what stands on either side of a comparison
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Image sets: what stands on either side of a comparison ------------------------------------------------
 
 @dataclass(frozen=True)
 class Side:
@@ -171,10 +168,7 @@ def read_ahead(batches: Iterable) -> Iterator:
             yield item
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The measures: pure functions on arrays
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- The measures: pure functions on arrays ----------------------------------------------------------------
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """Squared Frechet (Wasserstein-2) distance of two Gaussians, (D,) and (D, D) each (Heusel et al., Eq. 6).
@@ -249,10 +243,7 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return distance.masked_fill_(distance < norms.mul_(1e-13), 0)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Feature statistics, streamed
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Feature statistics, streamed --------------------------------------------------------------------------
 
 class Features(NamedTuple):
     """What an extractor makes of B images."""
@@ -346,10 +337,7 @@ def compare(real: Statistics, fake: Statistics, suffix: str = "") -> dict[str, f
             "precision": precision, "recall": recall}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# In-domain features: a small residual classifier of the real images
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- In-domain features: a small residual classifier of the real images ------------------------------------
 
 class ResidualBlock(nn.Module):
     """(B, cin, h, w) -> (B, cout, h / 2, w / 2)."""
@@ -479,9 +467,7 @@ def _weights_hash(state: dict[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line: the table and its protocol
-# ------------------------------------------------------------------------------------------------------------
+# ---- Command line: the table and its protocol --------------------------------------------------------------
 
 CONVENTION = 50_000  # samples behind a published FID; ADM's precision and recall have 10,000 reals
 
@@ -637,9 +623,7 @@ def main() -> None:
         write_file(args.json, lambda file: file.write(json.dumps(scores, indent=1).encode()))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# InceptionV3 of 2015-12-05, as FID has always used it (Szegedy et al., arXiv 1512.00567)
-# ------------------------------------------------------------------------------------------------------------
+# ---- InceptionV3 of 2015-12-05, as FID has always used it (Szegedy et al., arXiv 1512.00567) ---------------
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")

@@ -19,18 +19,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# ------------------------------------------------------------------------------------------------------------
-# What is drawn at random in every step
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- What is drawn at random in every step -----------------------------------------------------------------
 
 def sample_key_mask(batch: int, num_tokens: int, ratio: float, generator: torch.Generator) -> torch.Tensor:
     """The sequence masks of Eq. 3: bool (batch, T), True where a key is hidden from all queries.
 
     paper: a random fraction r of the positions, one set for all queries, heads and layers, anew in each step.
-    our choice: exactly round(r (T - 1)) of the positions 1 ... T - 1. Position 0, the class, stays visible:
-    it is the only key of the first query, whose row would otherwise be empty. A masked token's own query
-    loses it too.
+    our choice: exactly round(r (T - 1)) of the positions 1 ... T - 1, for the token's own query too. Position
+    0, the class, stays visible: it is the only key of the first query, whose row would else be empty.
     Raises ValueError unless 0 <= r < 1.
     """
     if not 0 <= ratio < 1:
@@ -52,10 +48,7 @@ def sample_positions(num_tokens: int, count: int, generator: torch.Generator) ->
     return torch.randperm(num_tokens - 1, generator=generator, device=generator.device)[:count] + 1
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The losses
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- The losses --------------------------------------------------------------------------------------------
 
 def ar_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Next-token prediction; logits (B, T, V) of positions 0 ... T - 1, tokens (B, T) = x_1 ... x_T. In nats.
@@ -133,7 +126,7 @@ def view_loss(z: torch.Tensor, h: torch.Tensor, temperature: float,
 
 
 def total_loss(terms: dict[str, torch.Tensor], alpha: float, beta: float) -> torch.Tensor:
-    """L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2; an absent term is 0, the /2 stays.         (Eq. 8)"""
+    """L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2; an absent term is 0, the /2 stays (Eq. 8)."""
     contrast = terms.get("step", 0) + terms.get("view", 0)
     return terms["ar"] + alpha * terms.get("mim", 0) + beta * contrast / 2
 
@@ -148,10 +141,7 @@ def label_accuracy(classes: torch.Tensor) -> torch.Tensor:
     return (1 / same.sum(1)).mean()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Between student and teacher, and between processes
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Between student and teacher, and between processes ----------------------------------------------------
 
 @torch.no_grad()
 def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
@@ -163,11 +153,10 @@ def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 def gather_images(x: torch.Tensor, dim: int) -> torch.Tensor:
     """Concatenate x of all processes along its image axis `dim`, in rank order: B -> B_all. No gradient.
 
-    Only teacher features and labels pass through here, so that the images of all processes are negatives;
-    those of rank r start at r B. The identity without a process group.
+    So the images of all processes are negatives; those of rank r start at r B. The identity without a group.
     """
     if not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts, dim)

@@ -24,10 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ------------------------------------------------------------------------------------------------------------
-# Configuration
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Configuration -----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -67,10 +64,7 @@ SIZES = {  # name: (n_layer, n_head, dim)
 }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Layers
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Layers ------------------------------------------------------------------------------------------------
 
 def rope_table(config: ModelConfig) -> torch.Tensor:
     """Cosines and sines of the 2D rotary positions, float32 (1 + T, D/2, 2).
@@ -82,15 +76,14 @@ def rope_table(config: ModelConfig) -> torch.Tensor:
     half = config.head_dim // 2
     frequencies = config.rope_base ** -(torch.arange(0, half, 2).float() / half)  # (D/4,)
     angles = torch.arange(config.grid).float()[:, None] * frequencies  # (grid, D/4)
-    rows = angles.repeat_interleave(config.grid, 0)  # raster order: the row changes last
-    columns = angles.repeat(config.grid, 1)
+    rows, columns = angles.repeat_interleave(config.grid, 0), angles.repeat(config.grid, 1)  # raster order
     turn = torch.cat([rows, columns], 1)  # (T, D/2)
     table = torch.stack([turn.cos(), turn.sin()], -1)
     return torch.cat([torch.zeros_like(table[:1]), table])
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn the interleaved pairs of x (B, t, ..., D) by `table` (t, D/2, 2), in float32; shape and dtype stay."""
+    """Turn the interleaved pairs of x (B, t, ..., D) by `table` (t, D/2, 2), in float32."""
     t, half = table.shape[:2]
     cos, sin = table.view(t, *[1] * (x.ndim - 3), half, 2).unbind(-1)
     a, b = x.float().unflatten(-1, (half, 2)).unbind(-1)
@@ -129,8 +122,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w1, self.w3 = (nn.Linear(config.dim, config.ffn_dim, bias=False) for _ in range(2))
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.ffn_dropout = nn.Dropout(config.dropout)
 
@@ -154,10 +146,7 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x)), weights
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The model
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- The model ---------------------------------------------------------------------------------------------
 
 @dataclass
 class KVCache:
@@ -243,15 +232,12 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty KV cache for `batch` sequences, in the weights' dtype and on their device."""
-        config, weight = self.config, self.output.weight
-        shape = (config.n_layer, batch, config.n_head, config.num_tokens, config.head_dim)
-        return KVCache(weight.new_empty(shape), weight.new_empty(shape))
+        c = self.config
+        shape = (c.n_layer, batch, c.n_head, c.num_tokens, c.head_dim)
+        return KVCache(*(self.output.weight.new_empty(shape) for _ in range(2)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints: {"model": student, "ema": teacher, "config": run config, ...}
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Checkpoints: {"model": student, "ema": teacher, "config": run config, ...} ----------------------------
 
 def load_checkpoint(path: str | Path) -> dict:
     """The content of a checkpoint file, ours or LlamaGen's, on the CPU; only plain data is unpickled.
@@ -284,8 +270,7 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
     `ema` chooses the teacher's weights. Our checkpoints carry their config. From LlamaGen's, width, depth,
     vocabulary and classes are read off the tensors, heads off `SIZES`, the token count off "freqs_cis" or
     "args" where they are present, else off `image_size` (downsampling 16).
-    Raises FileNotFoundError or ValueError, in one sentence, if `path` is not such a file or lacks EMA
-    weights.
+    Raises FileNotFoundError or ValueError, in one sentence, if `path` is no such file or lacks EMA weights.
     """
     content = load_checkpoint(path)
     if ema and "ema" not in content:
@@ -316,9 +301,9 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
 
 def main() -> None:
     """Print the size table."""
-    print(f"{'size':6} {'layers':>6} {'heads':>5} {'width':>5} {'parameters':>14}")
+    print("size   layers heads width     parameters")
     for name, (n_layer, n_head, dim) in SIZES.items():
-        quick = dict(vocab_size=1024, num_classes=200) if name in ("nano", "tiny", "small") else {}
+        quick = dict(vocab_size=1024, num_classes=200) if dim < 768 else {}  # Tiny ImageNet's
         with torch.device("meta"):
             model = Transformer(ModelConfig(n_layer, n_head, dim, **quick))
         count = sum(p.numel() for p in model.parameters())

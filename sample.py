@@ -23,10 +23,7 @@ from tqdm import tqdm
 import tokenizer
 from model import Transformer, load_model
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokens
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Tokens ------------------------------------------------------------------------------------------------
 
 def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """Set the logits (B, V) outside the top k, then outside the nucleus of mass p, to -inf.
@@ -76,10 +73,7 @@ def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg
     return tokens
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Images ------------------------------------------------------------------------------------------------
 
 def sample_images(model: Transformer, vq: tokenizer.VQModel, classes: torch.Tensor, seed: int,
                   **settings) -> np.ndarray:

@@ -123,10 +123,7 @@ def same(a, b):
     return a == b
 
 
-# ------------------------------------------------------------------------------------------------------------
-# tokenizer.py
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- tokenizer.py ------------------------------------------------------------------------------------------
 
 def test_reader_layouts():
     with tempfile.TemporaryDirectory() as folder:
@@ -326,10 +323,7 @@ def test_write_file_keeps_the_old_on_failure():
         assert path.read_bytes() == b"old" and len(list(Path(folder).iterdir())) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------
-# model.py
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- model.py ----------------------------------------------------------------------------------------------
 
 def test_parameter_counts_are_llamagens():
     for name, count in {"B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672}.items():
@@ -465,10 +459,7 @@ def test_checkpoints_of_both_kinds():
         refuses(FileNotFoundError, "no checkpoint", model.load_model, Path(folder) / "y.pt")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# losses.py
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- losses.py ---------------------------------------------------------------------------------------------
 
 def test_key_masks():
     mask = losses.sample_key_mask(50, 64, 0.25, torch.Generator().manual_seed(0))
@@ -544,10 +535,7 @@ def test_ema_and_no_gradient_for_the_teacher():
     assert z.grad.abs().sum() > 0 and h.grad is None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# train.py
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- train.py ----------------------------------------------------------------------------------------------
 
 def a_config(**changes):
     return train.Config(**dict(model="nano", depth=2, batch=8, data="images", device="cpu", image_size=16) | changes)
@@ -652,7 +640,7 @@ def test_impossible_settings_get_one_sentence():
     check()
     for words, changes in {
         "write ar": dict(losses="mim"), "write ar,": dict(losses="ar+moco"), "layers 1 ... 4": dict(depth=5),
-        "10 crops": dict(views=11), "at least 2 --views": dict(views=1), "at least 2 --positions": dict(positions=1),
+        "10 crops": dict(views=11), "view loss compares at least 2": dict(views=1), "at least 2 --positions": dict(positions=1),
         "multiple of 3 process(es)": dict(world=3), "2 images": dict(batch=1), "no CUDA": dict(device="cuda"),
         "--clip positive": dict(clip=0.0), "--ema": dict(ema=1.5), "--crop-ratios": dict(crop_ratios=(0.9,)),
         "vq_ds16_c2i.pt": dict(image_size=256),
@@ -758,10 +746,7 @@ def test_without_network_the_shapes_stand_in():
         tokenizer.download_tiny_imagenet = kept
 
 
-# ------------------------------------------------------------------------------------------------------------
-# sample.py
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- sample.py ---------------------------------------------------------------------------------------------
 
 def test_filters():
     logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.05, 0.05]]))
@@ -810,10 +795,7 @@ def test_sampling_scripts():
         assert all(word in refused.stderr for word in words.split()), refused.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------
-# fid.py
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- fid.py ------------------------------------------------------------------------------------------------
 
 def _raises(error, call, *args, **kwargs):
     try:
@@ -1032,10 +1014,7 @@ def test_fid_classifier():
         _raises(ValueError, fid.load_classifier, real, 16, 30, cache)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The runner
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- The runner --------------------------------------------------------------------------------------------
 
 def main():
     words, failed = sys.argv[1:], 0

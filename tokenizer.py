@@ -40,10 +40,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Files -------------------------------------------------------------------------------------------------
 
 def rank_and_world() -> tuple[int, int]:
     """This process's (rank, number of processes) as torchrun tells it; (0, 1) without torchrun."""
@@ -113,10 +110,7 @@ def find_images(data: str) -> str:
         return "shapes"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images in: folders, zips and the built-in shapes behind one reader
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Images in: folders, zips and the built-in shapes behind one reader ------------------------------------
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -331,10 +325,7 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).movedim(1, -1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The VQ model: LlamaGen's structure and parameter names (vq_model.py)
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- The VQ model: LlamaGen's structure and parameter names (vq_model.py) ----------------------------------
 
 @dataclass(frozen=True)
 class VQConfig:
@@ -590,10 +581,7 @@ def tokenizer_fingerprint(vq: VQModel) -> str:
     return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training the tokenizer
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Training the tokenizer --------------------------------------------------------------------------------
 
 def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["vq_ds4"], steps: int = 1000,
                     batch: int = 32, lr: float = 2e-3, seed: int = 0, device="cpu",
@@ -669,9 +657,7 @@ def evaluate_tokenizer(vq: VQModel, pixels: torch.Tensor, batch: int = 100) -> d
             "perplexity": torch.exp(-(p * p.clamp_min(1e-12).log()).sum()).item()}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The token cache: tokens.npy uint16 (N, V, T), labels.npy int64 (N,), meta.json
-# ------------------------------------------------------------------------------------------------------------
+# ---- The token cache: tokens.npy uint16 (N, V, T), labels.npy int64 (N,), meta.json ------------------------
 
 CHUNK = 1000  # images per part file: what a killed encoding loses at most
 UNREADABLE = 65535  # fills the row of an image left out by --skip-corrupt; its label becomes -1
@@ -810,9 +796,7 @@ def prepare(settings, device: torch.device, store) -> tuple[VQModel, TokenCache,
     return vq, *caches
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images out: grids and line plots
-# ------------------------------------------------------------------------------------------------------------
+# ---- Images out: grids and line plots ----------------------------------------------------------------------
 
 # Okabe and Ito's palette: told apart by colour-blind readers
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
@@ -886,10 +870,7 @@ def line_plot(series: dict[str, list[tuple[float, float]]], title: str, x_label:
     return image
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Command line ------------------------------------------------------------------------------------------
 
 def held_out_pixels(images: ImageSet, size: int, count: int, skip_corrupt: bool = False) -> torch.Tensor:
     rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)

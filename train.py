@@ -40,10 +40,7 @@ import sample
 import tokenizer
 from model import SIZES, ModelConfig, Transformer, load_checkpoint, load_model
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Settings ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -131,34 +128,32 @@ def parse_arguments(argv: list[str]) -> tuple[Config, dict, bool]:
                             help=(comments[field.name] + shown).replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     preset, resume = given.pop("preset"), given.pop("resume")
+    given |= {"crop_ratios": tuple(given["crop_ratios"])} if "crop_ratios" in given else {}
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     short = ON_CPU.get(preset, {}) if device == "cpu" and not resume else {}
     if short and tokenizer.rank_and_world()[0] == 0:
-        print(f"!! No GPU: --preset {preset} runs a shortened schedule,",
-              ", ".join(f"{name} {value}" for name, value in short.items()))
+        print(f"!! No GPU: --preset {preset} runs a shortened schedule: {short}")
     config = Config(**PRESETS[preset] | short | {"device": device} | given)
-    config.crop_ratios = tuple(config.crop_ratios)
     config.steps = 0 if "epochs" in given and "steps" not in given else config.steps
-    full = config.losses == Config.losses
-    config.name = config.name or (preset if full else f"{preset}-{config.losses.replace('+', '-')}")
+    suffix = "" if config.losses == Config.losses else "-" + config.losses.replace("+", "-")
+    config.name = config.name or preset + suffix
     return config, given, resume
 
 
 def check_config(c: Config, world: int) -> None:
     """Raise ValueError, in one sentence, for settings that cannot work."""
     on, layers, crops = c.losses.split("+"), SIZES[c.model][0], 10 * len(c.crop_ratios)
-    contrast = bool({"step", "view"} & set(on))
     for wrong, sentence in (
         (on[0] != "ar" or not set(on[1:]) <= {"mim", "step", "view"} or len(set(on)) < len(on),
          f"--losses {c.losses}: write ar, or ar plus some of mim, step, view, as in ar+mim+view"),
         (not 1 <= c.depth <= layers, f"--depth {c.depth}: model {c.model} has layers 1 ... {layers}"),
         (min(c.crop_ratios, default=0) < 1, "--crop-ratios are at least 1, and there is at least one"),
-        (not 1 <= c.views <= crops, f"--views {c.views}: an image has {crops} crops, ten per crop ratio"),
-        ("view" in on and c.views < 2, "the view loss compares at least 2 --views"),
+        (not 1 + ("view" in on) <= c.views <= crops,
+         f"--views {c.views}: an image has {crops} crops, and the view loss compares at least 2"),
         ("step" in on and c.positions < 2, "the step loss compares at least 2 --positions"),
         (c.accumulate < 1 or c.batch < 1 or c.batch % (world * c.accumulate) > 0,
          f"--batch {c.batch} must be a multiple of {world} process(es) x {c.accumulate} micro-batch(es)"),
-        (contrast and c.batch < 2 * c.accumulate, "the contrastive losses need at least 2 images at a time"),
+        (len(on) > 1 and c.batch < 2 * c.accumulate, "the added losses need 2 images at a time"),
         (not all(0 <= x <= 1 for x in (c.ema, c.class_dropout, c.dropout)),
          "--ema, --class-dropout and --dropout must lie in [0, 1]"),
         (min(c.temperature, c.base_lr, c.clip, c.log_every, c.save_every, c.eval_images) <= 0,
@@ -171,16 +166,12 @@ def check_config(c: Config, world: int) -> None:
             raise ValueError(sentence + ".")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Processes, data, batches
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Processes, data, batches ------------------------------------------------------------------------------
 
 def meet(device: str) -> tuple[int, int, torch.device, dist.Store]:
     """(rank, processes, this process's device, a store they share).
 
-    There is no process group yet: rank 0 may train the tokenizer for an hour, and then a key in the store
-    can be waited for, but a collective would time out.
+    No process group yet: rank 0 may train the tokenizer for an hour. A key in the store can be waited for.
     """
     rank, world = tokenizer.rank_and_world()
     device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
@@ -232,10 +223,7 @@ def draw_batch(config: Config, cache: tokenizer.TokenCache, step: int, part: int
     return Batch(tokens, classes, key_mask.view(B, V, T)[mine].flatten(0, 1), positions)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The training step: Figure 3 of the paper
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- The training step: Figure 3 of the paper --------------------------------------------------------------
 
 class Student(nn.Module):
     """The model and its projector as one module, so that DDP averages the gradients of both."""
@@ -263,7 +251,7 @@ def compute_losses(student: nn.Module, teacher: nn.Module, batch: Batch, config:
     logits, h_last, z = student(inputs, classes, batch.key_mask if mask_on else None, batch.positions)
     terms, log = {"ar": losses.ar_loss(logits, tokens)}, {}  # Eq. 2, under the mask of Eq. 3
     if mask_on or contrast_on:
-        with torch.no_grad():  # no mask, no dropout, no gradient, no head; no block behind the last one asked for
+        with torch.no_grad():  # no mask, no dropout, no gradient, no logits; blocks as far as needed
             layers = (config.depth, last) if mask_on else (config.depth,)
             h = teacher(inputs, classes, layers=layers, head=False).hidden
     if mask_on:
@@ -295,10 +283,7 @@ def ema_decay(config: Config, step: int, steps: int) -> float:
     return 1 - (1 - config.ema) * left
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The run
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- The run -----------------------------------------------------------------------------------------------
 
 class Run(NamedTuple):
     """What a run consists of."""
@@ -319,8 +304,7 @@ class Run(NamedTuple):
 def read_run(config: Config, given: dict, resume: bool) -> tuple[Config, dict]:
     """(config, checkpoint) of the run to go on with, whose settings stand; (config, {}) for a new run.
 
-    Raises FileNotFoundError or ValueError if there is nothing to resume, a flag contradicts the run, or a
-    new run would overwrite an old one.
+    Raises FileNotFoundError or ValueError if there is nothing to resume, or the run contradicts or exists.
     """
     path = Path("runs", config.name, "checkpoint.pt")
     if not resume:
@@ -334,10 +318,11 @@ def read_run(config: Config, given: dict, resume: bool) -> tuple[Config, dict]:
     saved = Config(**checkpoint["config"])
     if path.with_name("tokenizer.pt").exists():
         saved.tokenizer = str(path.with_name("tokenizer.pt"))
-    for name, value in given.items():
-        if name not in ("data", "tokenizer", "cache", "device", "compile", "log_every") and getattr(saved, name) != value:
-            raise ValueError(f"{path.parent} has {name} = {getattr(saved, name)}, not {value}; a resumed run "
-                             "keeps its settings, a new one needs another --name.")
+    saved.device, free = config.device, {"data", "tokenizer", "cache", "compile", "log_every"}
+    for name in given.keys() - free:
+        if getattr(saved, name) != given[name]:
+            raise ValueError(f"{path.parent} has {name} = {getattr(saved, name)}, not {given[name]}; choose "
+                             "another --name for new settings.")
     return replace(saved, **given), checkpoint
 
 
@@ -378,8 +363,7 @@ def set_up(config: Config, given: dict, resume: bool) -> Run:
         student.projector.load_state_dict(checkpoint["projector"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        dist.init_process_group(store=store, rank=rank, world_size=world)  # NCCL on GPUs, gloo on CPUs
     return Run(config, rank, world, device, vq, cache, held_out, student, teacher, optimizer,
                checkpoint.get("step", 0), config.steps or config.epochs * (images // config.batch))
 
@@ -392,7 +376,7 @@ def train_step(run: Run, forward: nn.Module, teacher: nn.Module, step: int) -> d
     torch.manual_seed(seed_of(config.seed, 2, step, run.rank))  # dropout
     for part in range(parts):
         batch = draw_batch(config, run.cache, step, run.rank * parts + part, run.world * parts)
-        batch = Batch(*(x.to(run.device, non_blocking=True) for x in batch))
+        batch = Batch(*(x.to(run.device) for x in batch))
         wait = run.world > 1 and part < parts - 1  # DDP averages the gradients once, in the last part
         with forward.no_sync() if wait else nullcontext():
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
@@ -408,10 +392,9 @@ def train_step(run: Run, forward: nn.Module, teacher: nn.Module, step: int) -> d
 
 @torch.no_grad()
 def validation_loss(run: Run) -> float:
-    """L_AR in nats per token on the centre crops of held-out images, unmasked; the same on all processes."""
+    """L_AR on the centre crops of held-out images, unmasked, in nats per token; the same on all processes."""
     cache, model = run.held_out, run.student.model.eval()
-    rows = np.flatnonzero(cache.labels >= 0)
-    rows = rows[np.linspace(0, len(rows) - 1, min(run.config.eval_images, len(rows))).astype(int)]
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(cache.labels >= 0))[:run.config.eval_images]
     total = torch.zeros(2, device=run.device)
     for i in range(run.rank * 64, len(rows), run.world * 64):
         chunk = rows[i:i + 64]
@@ -425,9 +408,8 @@ def validation_loss(run: Run) -> float:
 
 
 def mean_over_processes(run: Run, log: dict, count: int, stop: bool) -> tuple[dict[str, float], bool]:
-    """Sums over `count` steps -> {name: mean over steps and processes}, and whether a process wants to stop."""
-    values = [torch.as_tensor(x, dtype=torch.float, device=run.device) for x in (*log.values(), stop)]
-    values = torch.stack(values)
+    """Sums over `count` steps -> {name: mean over steps and processes}, and whether one wants to stop."""
+    values = torch.stack([torch.as_tensor(x).float().to(run.device) for x in (*log.values(), stop)])
     if run.world > 1:
         dist.all_reduce(values)
     *sums, stops = values.tolist()
@@ -448,7 +430,7 @@ def report(run: Run, line: dict) -> None:
 
 
 def save(run: Run, step: int) -> None:
-    """Write checkpoint.pt, all that --resume, sample.py and probe.py need, then a sample grid."""
+    """Write checkpoint.pt, all that --resume and the other scripts need, then a sample grid."""
     folder, config, model = Path("runs", run.config.name), run.config, run.student.model
     content = {
         "model": model.state_dict(), "ema": run.teacher.state_dict(),
@@ -456,10 +438,9 @@ def save(run: Run, step: int) -> None:
         "step": step, "config": asdict(config), "model_config": asdict(model.config), "data": run.cache.meta}
     tokenizer.write_file(folder / "checkpoint.pt", lambda file: torch.save(content, file))
     if config.samples and step > run.start:
-        names = run.cache.meta["classes"]
-        classes = [i * len(names) // config.samples % len(names) for i in range(config.samples)]
-        sample.save_samples(folder / "samples" / f"{step:07d}.png", model.eval(), run.vq, classes, names,
-                            config.seed, cfg=config.sample_cfg)
+        names, path = run.cache.meta["classes"], folder / "samples" / f"{step:07d}.png"
+        classes = [i * len(names) // config.samples for i in range(config.samples)]
+        sample.save_samples(path, model.eval(), run.vq, classes, names, config.seed, cfg=config.sample_cfg)
         model.train()
 
 
@@ -470,7 +451,8 @@ def open_folder(run: Run) -> None:
     (folder / "config.json").write_text(json.dumps(asdict(run.config), indent=1))
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if run.start and metrics.exists() else []
-    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= run.start))
+    whole = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
+    metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= run.start))
     if sum(p.numel() for p in run.vq.parameters()) < 5e6:  # so that a run that is moved still samples
         tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)
     save(run, run.start)
@@ -480,8 +462,7 @@ def peak_memory(device: torch.device) -> float:
     """Largest memory in use so far, GB: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # Linux counts kilobytes
 
 
 def train(run: Run) -> None:
@@ -513,14 +494,14 @@ def train(run: Run) -> None:
         due = done % config.save_every == 0 or last
         if due:
             line["val_nll"] = validation_loss(run)
-        if run.rank == 0 and len(line) > 1:
-            report(run, line)
-        if run.rank == 0 and (due or stop):
-            save(run, done)
-        if stop and not last:
-            bar.close()
-            if run.rank == 0:
+        if run.rank == 0:
+            if len(line) > 1:
+                report(run, line)
+            if due or stop:
+                save(run, done)
+            if stop and not last:
                 print(f"Saved after step {done}. To go on: python train.py --resume --name {config.name}")
+        if stop and not last:
             sys.exit(130)
     if run.rank == 0:
         print(f"Done: runs/{config.name}/ holds checkpoint.pt, metrics.jsonl, loss.png and samples/.")
