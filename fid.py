@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from tokenizer import (ImageSet, _decode, _list_files, center_crop, digest, open_images, read_pixels,
+from tokenizer import (IMAGE_SUFFIXES, ImageSet, _decode, _list_files, center_crop, digest, open_images, read_pixels,
                        to_float, write_file)
 
 # ---- Image sets: what stands on either side of a comparison ------------------------------------------------
@@ -90,8 +90,7 @@ def all_images(source: str | Path) -> ImageSet:
     if not Path(source).exists():
         raise FileNotFoundError(f"{source} does not exist; a folder, a zip or an .npz of images is needed.")
     files, read_bytes = _list_files(Path(source))
-    suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-    names = sorted(name for name in files if name.lower().endswith(suffixes))
+    names = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES))
     return ImageSet(str(source), "", names, np.zeros(len(names), np.int64), [],
                     digest([(name, files[name]) for name in names]),
                     lambda i: _decode(read_bytes(names[i]), f"{source}/{names[i]}"))

@@ -4,8 +4,9 @@ ST-AR (arXiv 2509.15185) does not change sampling; this is LlamaGen's (arXiv 240
 for token.
 
     python sample.py runs/tiny --classes 3 7 7 --cfg 2.0 --seed 0             # a captioned grid
-    torchrun --nproc-per-node 8 sample.py runs/tiny --num-images 50000 --npz out.npz   # for fid.py, in ADM's layout
-    python sample.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k 2000
+    torchrun --nproc-per-node 8 sample.py runs/tiny --num-images 50000 --npz out.npz   # for fid.py, in
+    ADM's layout python sample.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k
+    2000
 
 Shapes in comments: B images, T tokens, V vocabulary, S side in pixels.
 """
@@ -77,7 +78,7 @@ def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg
 
 def sample_images(model: Transformer, vq: tokenizer.VQModel, classes: torch.Tensor, seed: int,
                   **settings) -> np.ndarray:
-    """uint8 (B, S, S, 3) for `classes` (B,); `settings` as `generate` takes them. A function of its arguments."""
+    """uint8 (B, S, S, 3) for `classes` (B,), a function of its arguments; `settings` are `generate`'s."""
     device = model.output.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     codes = generate(model, classes.to(device), generator=generator, **settings)
@@ -97,14 +98,16 @@ def save_npz(path: Path, model: Transformer, vq: tokenizer.VQModel, count: int, 
              protocol: dict, **settings) -> None:
     """Write `count` class-balanced images to an .npz in ADM's layout.
 
-    arr_0 uint8 (N, S, S, 3), arr_1 labels int64 (N,), and `protocol`, a JSON string with every sampling setting.
+    arr_0 uint8 (N, S, S, 3), arr_1 labels int64 (N,), and `protocol`, a JSON string with every sampling
+    setting.
 
     Under torchrun each process makes every WORLD_SIZE-th batch and rank 0 joins them; no process group is
     needed, the images do not depend on the number of processes, and a killed run goes on where it was.
     """
     rank, world = tokenizer.rank_and_world()
     labels = torch.arange(count) * model.config.num_classes // count  # class-balanced, in class order
-    protocol = json.dumps({**protocol, **settings, "seed": seed, "batch": batch, "num": count}, sort_keys=True)
+    protocol |= settings | {"seed": seed, "batch": batch, "num": count}
+    protocol = json.dumps(protocol, sort_keys=True)
     folder = path.with_name(f".{path.name}-{tokenizer.digest(protocol)}")
     parts = [folder / f"{start:07d}.npy" for start in range(0, count, batch)]
     for part in tqdm(parts[rank::world], "sampling", disable=rank != 0, unit="batch"):
@@ -146,7 +149,7 @@ def open_run(args: argparse.Namespace) -> tuple[Transformer, tokenizer.VQModel, 
 
 def main() -> None:
     """Parse the command line and run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", help="run folder, as in runs/tiny")
     parser.add_argument("--gpt", help="LlamaGen checkpoint, instead of a run folder")
     parser.add_argument("--vq", help="tokenizer file (default: the run's)")
@@ -161,7 +164,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="1: all codes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=100, help="images at once, with --npz")
-    parser.add_argument("--image-size", type=int, default=256, help="of LlamaGen checkpoints that do not tell")
+    parser.add_argument("--image-size", type=int, default=256, help="of a --gpt that does not tell")
     parser.add_argument("--ema", action="store_true", help="the teacher's weights instead of the student's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -173,7 +176,8 @@ def main() -> None:
         parser.error("needed: temperature >= 0, 0 < top-p <= 1, top-k >= 0, batch and num >= 1")
 
     model, vq, names, name = open_run(args)
-    settings = {name: getattr(args, name) for name in ("cfg", "cfg_interval", "temperature", "top_k", "top_p")}
+    keys = ("cfg", "cfg_interval", "temperature", "top_k", "top_p")
+    settings = {key: getattr(args, key) for key in keys}
     if args.npz:
         protocol = {"model": name, "weights": "ema" if args.ema else "student"}
         save_npz(args.npz, model, vq, args.num, args.batch, args.seed, protocol, **settings)

@@ -105,12 +105,15 @@ def find_images(data: str) -> str:
         return str(path)
     except OSError as error:
         bar = "!" * 100
-        print(f"\n{bar}\n!! No Tiny ImageNet: {error}\n!! Put the file at {path}, or name images with --data.\n"
+        print(f"\n{bar}\n!! No Tiny ImageNet: {error}\n!! Put it at {path}, or name images with --data.\n"
               f"!! This run uses the built-in SHAPES instead: a demonstration, not evidence.\n{bar}\n")
         return "shapes"
 
 
 # ---- Images in: folders, zips and the built-in shapes behind one reader ------------------------------------
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -139,7 +142,7 @@ def open_images(source: str | Path, split: str = "train") -> ImageSet:
     if str(source) == "shapes":
         return _shapes(split)
     files, read_bytes = _list_files(Path(source))
-    images = [name for name in sorted(files) if name.lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp"))]
+    images = [name for name in sorted(files) if name.lower().endswith(IMAGE_SUFFIXES)]
 
     def by_folder(prefix):  # <prefix><class>/... -> {image name: class folder}
         return {name: name[len(prefix):].split("/")[0] for name in images
@@ -147,13 +150,13 @@ def open_images(source: str | Path, split: str = "train") -> ImageSet:
 
     training = by_folder("train/") or by_folder("")
     if "val/val_annotations.txt" in files:
-        lines = read_bytes("val/val_annotations.txt").decode().splitlines()
-        validation = {f"val/images/{name}": folder for name, folder, *_ in (line.split("\t") for line in lines)}
+        lines = [line.split("\t") for line in read_bytes("val/val_annotations.txt").decode().splitlines()]
+        validation = {f"val/images/{name}": folder for name, folder, *_ in lines}
     else:
         validation = by_folder("val/") if by_folder("train/") else {}
     if len(training) < 2:
-        raise ValueError(f"{source} holds {len(images)} image(s), {len(training)} of them in class folders; at "
-                         "least 2 are needed, laid out as <class>/*.jpg or train/<class>/*.jpg.")
+        raise ValueError(f"{source} holds {len(images)} image(s), {len(training)} in class folders; at least "
+                         "2 are needed, laid out as <class>/*.jpg or train/<class>/*.jpg.")
     if not validation:
         validation = _hold_out(training)
         training = {name: folder for name, folder in training.items() if name not in validation}
@@ -161,7 +164,7 @@ def open_images(source: str | Path, split: str = "train") -> ImageSet:
     folders = sorted(set(training.values()))
     number = {folder: i for i, folder in enumerate(folders)}
     if unknown := sorted(set(validation.values()) - set(folders)):
-        raise ValueError(f"{source} has validation images of class {unknown[0]!r} but no training images of it.")
+        raise ValueError(f"{source} has validation images of class {unknown[0]!r} but no others.")
     words = read_bytes("words.txt").decode().splitlines() if "words.txt" in files else []
     words = {wnid: title.split(",")[0] for wnid, title in (line.split("\t", 1) for line in words)}
 
@@ -231,7 +234,8 @@ def _outlines() -> dict[str, list[np.ndarray]]:
     star = circle[::6] * np.where(np.arange(10) % 2, 0.42, 1)[:, None]
     cross = np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3)])
     arrow = np.array([(0, -1), (.8, 0), (.3, 0), (.3, 1), (-.3, 1), (-.3, 0), (-.8, 0)])
-    return {"circle": [circle], "ring": [circle, circle * 0.55], "crescent": [circle, circle * 0.8 + (0.4, 0)],
+    return {"circle": [circle], "ring": [circle, circle * 0.55],
+            "crescent": [circle, circle * 0.8 + (0.4, 0)],
             "half disc": [circle[:31] - (0, 0.4)], "triangle": [circle[5::20]], "square": [circle[7::15]],
             "hexagon": [circle[::10]], "star": [star], "cross": [np.concatenate([cross, -cross])],
             "heart": [heart], "arrow": [arrow], "bar": [np.array([(-1, -.3), (1, -.3), (1, .3), (-1, .3)])]}
@@ -280,7 +284,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def ten_crops(image: Image.Image, size: int, ratio: float) -> np.ndarray:
-    """The ten crops LlamaGen tokenises: four corners and centre of the image, then the same five of its mirror.
+    """The ten crops LlamaGen tokenises: corners and centre of the image, then the same five of its mirror.
 
     The image is first centre-cropped to int(size * ratio) pixels. Returns uint8 (10, S, S, 3).
     """
@@ -298,8 +302,9 @@ def views(image: Image.Image, size: int, ratios: tuple[float, ...]) -> np.ndarra
     return np.concatenate([ten_crops(image, size, ratio) for ratio in ratios])
 
 
-def read_pixels(images: ImageSet, indices, transform: Callable, skip_corrupt: bool) -> list[np.ndarray | None]:
-    """[transform(image i) for i in indices], decoded in threads; with `skip_corrupt` None stands for bad ones.
+def read_pixels(images: ImageSet, indices, transform: Callable,
+                skip_corrupt: bool) -> list[np.ndarray | None]:
+    """[transform(image i) for i in indices], read in threads; with `skip_corrupt` None stands for bad ones.
 
     Raises ValueError naming the first image that cannot be decoded, unless `skip_corrupt`, which prints it.
     """
@@ -358,7 +363,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # our choice: a block starts as the identity; + 0.5 dB after 300 steps
+        nn.init.zeros_(self.conv2.weight)  # our choice: start as the identity; + 0.5 dB in 300 steps
         self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
@@ -387,7 +392,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # LlamaGen: one column and row of zeros, right and bottom only
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # LlamaGen: zeros right and below only
 
 
 class Upsample(nn.Module):
@@ -474,7 +479,7 @@ class Decoder(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """The nearest of n codes on the unit sphere (LlamaGen: latents and codes are L2-normalised at every use)."""
+    """The nearest of n codes on the unit sphere (LlamaGen: latents, codes normalised at every use)."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
@@ -487,13 +492,13 @@ class VectorQuantizer(nn.Module):
         return F.normalize(self.embedding.weight, dim=-1)
 
     def forward(self, z):
-        """(B, D, h, w) -> quantised latents (B, D, h, w) with straight-through gradient, indices (B, T), loss.
+        """(B, D, h, w) -> quantised latents (B, D, h, w), straight-through; indices (B, T); loss.
 
         LlamaGen: loss = mean (z_q - sg z)^2 + 0.25 mean (sg z_q - z)^2, the second being the commitment.
         """
         z = F.normalize(z.movedim(1, -1), dim=-1)  # (B, h, w, D)
         flat, codes = z.reshape(-1, z.shape[-1]), self.codebook()
-        # |z|^2 + |e|^2 - 2 z e, although both norms are 1: rounded as LlamaGen's, so that ties fall the same way
+        # |z|^2 + |e|^2 - 2 z e, although both norms are 1: rounded as LlamaGen's, ties fall the same way
         distance = (flat ** 2).sum(1, keepdim=True) + (codes ** 2).sum(1) - 2 * flat @ codes.T
         indices = distance.argmin(1).view(z.shape[:-1])
         z_q = codes[indices]
@@ -550,9 +555,9 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
     Raises FileNotFoundError or ValueError, in one sentence, if `path` is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no tokenizer at {path}; train one with: python tokenizer.py train --out {path}")
+        raise FileNotFoundError(f"no tokenizer at {path}; train one: python tokenizer.py train --out {path}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen's training checkpoints hold one
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in LlamaGen's training files
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a file of weights ({type(error).__name__}).") from None
@@ -594,7 +599,7 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["
     the codes do not divide.
     """
     if size % config.downsample:
-        raise ValueError(f"image size {size} is not a multiple of the tokenizer's downsampling {config.downsample}.")
+        raise ValueError(f"image size {size} is no multiple of the tokenizer's factor {config.downsample}.")
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     side = int(size * 1.1)
@@ -611,8 +616,10 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["
         rows = rng.integers(len(pixels), size=batch)
         (y, x), flip = rng.integers(side - size + 1, size=2), rng.integers(2)
         crop = pixels[rows, y:y + size, x:x + size]
-        x = to_float((crop.flip(2) if flip else crop).to(device)).contiguous(memory_format=torch.channels_last)
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        x = to_float((crop.flip(2) if flip else crop).to(device))
+        x = x.contiguous(memory_format=torch.channels_last)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.05 * steps), cosine)
         reconstruction, codes, codebook_loss = vq(x)
         loss = F.mse_loss(reconstruction, x) + codebook_loss
         optimizer.zero_grad()
@@ -631,7 +638,7 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["
 
 def ready_tokenizer(root: str | Path, images: ImageSet, size: int, codes: int, steps: int, device="cpu",
                     skip_corrupt: bool = False) -> Path:
-    """The file below `root` of the small tokenizer for these images and settings, trained now if it is missing."""
+    """The file below `root` of the small tokenizer for these images and settings, trained now if missing."""
     config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=codes)
     key = digest([images.fingerprint, size, steps, asdict(config)])[:8]
     path = Path(root) / f"tokenizer-{Path(images.source).stem}-{size}px-{key}.pt"
@@ -643,13 +650,13 @@ def ready_tokenizer(root: str | Path, images: ImageSet, size: int, codes: int, s
 
 @torch.no_grad()
 def evaluate_tokenizer(vq: VQModel, pixels: torch.Tensor, batch: int = 100) -> dict[str, float]:
-    """On uint8 (N, S, S, 3): PSNR in dB, averaged over images; share of codes used; perplexity exp(H) of the codes."""
+    """On uint8 (N, S, S, 3): PSNR in dB, averaged over images; share of codes used; perplexity exp(H)."""
     device = next(vq.parameters()).device
     psnr, counts = 0.0, torch.zeros(vq.config.codebook_size)
     for chunk in pixels.split(batch):
         x = to_float(chunk.to(device))
         codes = vq.encode(x)
-        error = ((vq.decode(codes).clamp(-1, 1) - x) / 2).square().flatten(1).mean(1)  # (B,), of values in [0, 1]
+        error = ((vq.decode(codes).clamp(-1, 1) - x) / 2).square().flatten(1).mean(1)  # (B,); in [0, 1]
         psnr += -10 * error.log10().sum().item()
         counts += torch.bincount(codes.flatten(), minlength=len(counts)).cpu()
     p = counts / counts.sum()
@@ -690,7 +697,7 @@ def load_cache(folder: str | Path, expected: dict | None = None) -> TokenCache:
     """
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"no finished token cache at {folder}; write one with: python tokenizer.py encode")
+        raise FileNotFoundError(f"no finished token cache at {folder}; write one: python tokenizer.py encode")
     meta = json.loads((folder / "meta.json").read_text())
     for key, value in (expected or {}).items():
         if meta.get(key) != value:
@@ -698,7 +705,7 @@ def load_cache(folder: str | Path, expected: dict | None = None) -> TokenCache:
                              "encode again into another folder.")
     tokens, labels = np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "labels.npy")
     if list(tokens.shape) != meta["shape"] or len(labels) != len(tokens):
-        raise ValueError(f"the token cache {folder} is damaged: tokens {tokens.shape}, meta {meta['shape']}; delete it.")
+        raise ValueError(f"the cache {folder} is damaged: {tokens.shape}, not {meta['shape']}; delete it.")
     return TokenCache(tokens, labels, meta)
 
 
@@ -713,7 +720,7 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
     Raises ValueError as `load_cache` and `read_pixels` do, or if codes and image size do not fit.
     """
     if size % vq.config.downsample:
-        raise ValueError(f"image size {size} is not a multiple of the tokenizer's factor {vq.config.downsample}.")
+        raise ValueError(f"image size {size} does not fit the tokenizer's {vq.config.downsample}: no multiple of it.")
     if vq.config.codebook_size > UNREADABLE:
         raise ValueError(f"the cache stores codes in 16 bits; {vq.config.codebook_size} codes do not fit.")
     folder, meta = Path(folder), cache_meta(images, vq, size, ratios)
@@ -723,16 +730,16 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
     (rank, world), (N, V, T) = rank_and_world(), meta["shape"]
     device = next(vq.parameters()).device
     parts = [folder / f"parts-{digest(meta)}" / f"{start:09d}.npy" for start in range(0, N, CHUNK)]
-    bar = tqdm(parts[rank::world], f"encoding {images.source} {images.split}", disable=rank != 0, unit="chunk")
-    for part in bar:
+    title = f"encoding {Path(images.source).name} {images.split}"
+    for part in tqdm(parts[rank::world], title, disable=rank != 0, unit="chunk"):
         if part.exists():
             continue
         start, codes = int(part.stem), []
         rows = range(start, min(start + CHUNK, N))
         crops = read_pixels(images, rows, lambda image: views(image, size, ratios), skip_corrupt)
         blank = np.zeros((V, size, size, 3), np.uint8)
-        pixels = torch.from_numpy(np.concatenate([blank if c is None else c for c in crops]))  # (rows * V, S, S, 3)
-        for chunk in pixels.split(250):
+        pixels = np.concatenate([blank if c is None else c for c in crops])  # (rows V, S, S, 3)
+        for chunk in torch.from_numpy(pixels).split(250):
             codes.append(vq.encode(to_float(chunk.to(device))).cpu().numpy().astype(np.uint16))
         codes = np.concatenate(codes).reshape(len(rows), V, T)
         codes[[c is None for c in crops]] = UNREADABLE
@@ -787,7 +794,7 @@ def prepare(settings, device: torch.device, store) -> tuple[VQModel, TokenCache,
 
     settings.data, settings.tokenizer, settings.name = agree("found", find)
     vq, caches = load_tokenizer(settings.tokenizer, device), []
-    for split, ratios in (("train", settings.crop_ratios), ("val", ())):  # held-out images: the centre crop alone
+    for split, ratios in (("train", settings.crop_ratios), ("val", ())):  # held out: centre crops alone
         images = open_images(settings.data, split)
         folder = cache_folder(settings.cache, cache_meta(images, vq, settings.image_size, ratios))
         build_cache(folder, images, vq, settings.image_size, ratios, settings.skip_corrupt)
@@ -807,7 +814,8 @@ def save_image(path: str | Path, image: Image.Image) -> None:
     write_file(path, lambda file: image.save(file, "PNG"))
 
 
-def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None, cell: int = 96) -> Image.Image:
+def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None,
+               cell: int = 96) -> Image.Image:
     """uint8 (N, S, S, 3) -> one picture, row by row, each image enlarged to `cell` pixels, captions below."""
     N, gap, line = len(pixels), 4, 16 if captions else 0
     rows = math.ceil(N / columns)
@@ -833,7 +841,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def line_plot(series: dict[str, list[tuple[float, float]]], title: str, x_label: str, y_label: str,
               width: int = 640, height: int = 400) -> Image.Image:
-    """A plain line plot of {name: [(x, y), ...]}, with legend; drawn at twice the size. Points that are not finite are left out."""
+    """A plain line plot of {name: [(x, y), ...]} with a legend, drawn at twice the size; nan leaves a gap."""
     series = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
     xs, ys = ([point[i] for points in series.values() for point in points] or [0.0] for i in (0, 1))
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
@@ -880,7 +888,7 @@ def held_out_pixels(images: ImageSet, size: int, count: int, skip_corrupt: bool 
 
 @torch.no_grad()
 def reconstruction_grid(vq: VQModel, pixels: torch.Tensor) -> Image.Image:
-    """uint8 (N, S, S, 3) -> a picture with pairs of rows: ten originals, and below them what the codes kept."""
+    """uint8 (N, S, S, 3) -> a picture of pairs of rows: ten originals, and below them what the codes keep."""
     device = next(vq.parameters()).device
     again = to_uint8(vq.decode(vq.encode(to_float(pixels.to(device))))).cpu()
     pairs = [half for a, b in zip(pixels.split(10), again.split(10)) for half in (a, b)]
@@ -902,7 +910,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="images per training step")
     parser.add_argument("--codes", type=int, default=1024, help="codebook size (train)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable images out, naming them")
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave bad images out, naming them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.command != "train" and not args.tokenizer:
@@ -910,18 +918,18 @@ def main() -> None:
 
     if args.command == "train":
         config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=args.codes)
-        vq = train_tokenizer(open_images(args.data), args.image_size, config, args.steps, args.batch, seed=args.seed,
-                             device=args.device, skip_corrupt=args.skip_corrupt)
+        vq = train_tokenizer(open_images(args.data), args.image_size, config, args.steps, args.batch,
+                             seed=args.seed, device=args.device, skip_corrupt=args.skip_corrupt)
         held_out = held_out_pixels(open_images(args.data, "val"), args.image_size, 1000, args.skip_corrupt)
         quality = evaluate_tokenizer(vq, held_out)
         save_tokenizer(args.out, vq, quality=quality)
-        print(f"{args.out}: PSNR {quality['psnr']:.2f} dB, {quality['usage']:.1%} of {args.codes} codes used, "
-              f"perplexity {quality['perplexity']:.0f} on {len(held_out)} held-out images")
+        print(f"{args.out}: PSNR {quality['psnr']:.2f} dB, {quality['usage']:.1%} of {args.codes} codes "
+              f"used, perplexity {quality['perplexity']:.0f} on {len(held_out)} held-out images")
         return
     vq = load_tokenizer(args.tokenizer, args.device)
     if args.command == "encode":
-        build_cache(args.out, open_images(args.data, args.split), vq, args.image_size, tuple(args.crop_ratios),
-                    args.skip_corrupt)
+        build_cache(args.out, open_images(args.data, args.split), vq, args.image_size,
+                    tuple(args.crop_ratios), args.skip_corrupt)
     else:
         pixels = held_out_pixels(open_images(args.data, "val"), args.image_size, 20, args.skip_corrupt)
         save_image(args.out, reconstruction_grid(vq, pixels))
