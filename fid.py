@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from tokenizer import (IMAGE_SUFFIXES, ImageSet, _decode, _list_files, center_crop, digest, open_images, read_pixels,
-                       to_float, write_file)
+from tokenizer import (IMAGE_SUFFIXES, ImageSet, _decode, _list_files, center_crop, digest, open_images,
+                       read_pixels, to_float, write_file)
 
 # ---- Image sets: what stands on either side of a comparison ------------------------------------------------
 

@@ -720,7 +720,7 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
     Raises ValueError as `load_cache` and `read_pixels` do, or if codes and image size do not fit.
     """
     if size % vq.config.downsample:
-        raise ValueError(f"image size {size} does not fit the tokenizer's {vq.config.downsample}: no multiple of it.")
+        raise ValueError(f"image size {size} is no multiple of this tokenizer's {vq.config.downsample}.")
     if vq.config.codebook_size > UNREADABLE:
         raise ValueError(f"the cache stores codes in 16 bits; {vq.config.codebook_size} codes do not fit.")
     folder, meta = Path(folder), cache_meta(images, vq, size, ratios)

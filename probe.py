@@ -1,0 +1,520 @@
+"""What a model understands: linear probe by step and layer, attention, consistency (Figures 1, 2, 4, 5, 7).
+
+ST-AR (arXiv 2509.15185) argues from what the features of an autoregressive model know. This file draws those
+figures for any number of runs side by side, and measures what the paper shows by eye. The model is frozen and
+sees the null class throughout: under an image's own class the label would leak into every feature.
+
+    python probe.py runs/tiny-ar runs/tiny --out figures                # pictures and probe.json
+    python probe.py runs/tiny-ar runs/tiny --out figures --layers all   # also the layer x step table
+    python probe.py c2i_B_256.pt --vq vq_ds16_c2i.pt --data IMAGENET    # LlamaGen's checkpoint
+
+Step s is position s - 1: it has seen the class and s - 1 tokens, the last being its own. Layer n is the
+output of the n-th block. Shapes in comments: N images, B batch, V crops, T tokens, L layers, S = 8 steps, C
+width, G features probed side by side, H settings tried, K classes, g x g the token grid.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from tqdm import tqdm
+
+import tokenizer
+from model import Transformer, load_model
+
+# ---- Runs --------------------------------------------------------------------------------------------------
+
+class Run(NamedTuple):
+    """A frozen model with the images and codes it belongs to."""
+    name: str
+    model: Transformer
+    layer: int  # the contrast depth, or the middle
+    vq: tokenizer.VQModel
+    train: tokenizer.TokenCache  # (N, V, T), crops
+    held_out: tokenizer.TokenCache  # (N, 1, T), centre crops
+    images: tokenizer.ImageSet  # the pixels of `held_out`
+    ratio: float  # the first crop ratio
+
+
+def open_run(path: Path, args: argparse.Namespace) -> Run:
+    """A run folder or a checkpoint file, with its tokenizer, images and caches; missing caches are written.
+
+    Raises FileNotFoundError or ValueError, in one sentence, for parts that are missing or do not fit
+    together.
+    """
+    file = path if path.suffix == ".pt" else path / "checkpoint.pt"
+    model, rest = load_model(file, args.ema, args.image_size, args.device)
+    config, copy = rest.get("config", {}), file.with_name("tokenizer.pt")
+    vq_path = args.vq or (copy if config and copy.is_file() else config.get("tokenizer"))
+    data, ratios, caches = args.data or config.get("data"), tuple(config.get("crop_ratios", (1.1,))), []
+    if not data or not vq_path:
+        raise ValueError(f"{file} does not name its images and tokenizer; add --data and --vq.")
+    vq = tokenizer.load_tokenizer(vq_path, args.device)
+    for split, crops in (("train", ratios), ("val", ())):
+        images = tokenizer.open_images(data, split)
+        if not len(images):
+            raise ValueError(f"{data} has no labelled validation images.")
+        meta = tokenizer.cache_meta(images, vq, model.config.grid * vq.config.downsample, crops)
+        known = {"codebook_size": model.config.vocab_size}
+        known |= rest.get("data", {}) if split == "train" else {}
+        if wrong := [key for key in known if meta[key] != known[key]]:
+            raise ValueError(f"{file} was trained with {wrong[0]} {str(known[wrong[0]])[:50]}, but {data} and "
+                             f"{vq_path} have {str(meta[wrong[0]])[:50]}: they do not fit.")
+        folder = tokenizer.cache_folder(args.cache or config.get("cache", "cache"), meta)
+        tokenizer.build_cache(folder, images, vq, meta["image_size"], crops,
+                              skip_corrupt=config.get("skip_corrupt", False))
+        caches.append(tokenizer.load_cache(folder, meta))
+    name = path.stem if path.suffix == ".pt" else path.resolve().name
+    return Run(name, model, config.get("depth", model.config.n_layer // 2), vq, *caches, images, ratios[0])
+
+
+def check_runs(runs: list[Run]) -> None:
+    """Raise ValueError, in one sentence, for runs that one picture cannot compare."""
+    first = runs[0]
+    for run in runs[1:]:
+        a, b = first.model.config.num_tokens, run.model.config.num_tokens
+        if a != b:
+            raise ValueError(f"{first.name} has {a} tokens per image, {run.name} has {b}: probe them apart.")
+        a, b = first.held_out.meta, run.held_out.meta
+        if (a["images"], a["image_size"]) != (b["images"], b["image_size"]):
+            raise ValueError(f"{first.name} knows {a['source']} at {a['image_size']} px, {run.name} other images, "
+                             f"{b['source']} at {b['image_size']} px: probe them apart.")
+    if len({run.name for run in runs}) < len(runs):
+        raise ValueError("two runs have the same name; rename one folder for the legends.")
+
+
+def layer_numbers(run: Run, wanted: list[str]) -> list[int]:
+    """The layers named on the command line; none: the run's own. Raises ValueError if one does not exist."""
+    last = run.model.config.n_layer
+    layers = list(range(1, last + 1)) if wanted == ["all"] else [int(n) if n.isdigit() else 0 for n in wanted]
+    if not all(1 <= n <= last for n in layers):
+        raise ValueError(f"{run.name} has layers 1 ... {last}, or all; not {' '.join(wanted)}.")
+    return layers or [run.layer]
+
+
+def choose(cache: tokenizer.TokenCache, count: int, seed: int, at_least: int = 2) -> np.ndarray:
+    """A fixed random subset of `count` readable images (0: all), int64 rows of the cache.
+
+    Raises ValueError, in one sentence, if there are fewer than `at_least`.
+    """
+    rows = np.random.default_rng(seed).permutation(np.flatnonzero(cache.labels >= 0))[:count or None]
+    if len(rows) < at_least:
+        raise ValueError(f"{len(rows)} {cache.meta['split']} images of {cache.meta['source']} are too few: at "
+                         f"least {at_least} are needed for {len(cache.meta['classes'])} classes.")
+    return rows
+
+
+# ---- Features ----------------------------------------------------------------------------------------------
+
+def eight_steps(num_tokens: int) -> list[int]:
+    """T/8, 2T/8 ... T, the steps of Figures 1b and 4."""
+    return [max(num_tokens * i // 8, 1) for i in range(1, 9)]
+
+
+@torch.no_grad()
+def extract(model: Transformer, tokens: np.ndarray, classes: torch.Tensor, layers: list[int], folder: Path,
+            batch: int = 64) -> torch.Tensor:
+    """Features of `layers` at eight steps, and their mean over all positions: float16 (N, 9 L, C), by layer.
+
+    tokens (N, T) codes; classes (N,) int64, the null class unless a leak is to be shown. One forward serves
+    all layers and steps, and goes no deeper than the last of them. The features live in a nameless file in
+    `folder`, mapped into memory: the disk limits their size.
+    """
+    (N, T), device = tokens.shape, model.output.weight.device
+    positions = torch.tensor(eight_steps(T), device=device) - 1
+    with tempfile.TemporaryFile(dir=folder) as file:
+        shape = (N, 9 * len(layers), model.config.dim)
+        features = torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
+    for rows in tqdm(torch.arange(N).split(batch), "features", leave=False):
+        inputs = torch.from_numpy(tokens[rows.numpy(), :-1].astype(np.int64)).to(device)
+        hidden = model(inputs, classes[rows].to(device), layers=tuple(layers), head=False).hidden
+        parts = [part for n in layers for part in (hidden[n][:, positions], hidden[n].mean(1, keepdim=True))]
+        features[rows[0]:rows[-1] + 1] = torch.cat(parts, 1).half().cpu()
+    return features
+
+
+# ---- Linear probe ------------------------------------------------------------------------------------------
+
+# MAE trains for 90 epochs. The problem is convex, and these reach the same accuracy: see test_all.py
+EPOCHS, BATCH = 20, 256
+SETTINGS = [(rate, decay) for rate in (0.01, 0.03, 0.1) for decay in (0.0, 1e-3, 1e-2)]  # to choose from
+
+
+class Probes(nn.Module):
+    """G x H linear classifiers behind a BatchNorm without affine (MAE): (B, G, C) -> logits (G, B, H, K)."""
+
+    def __init__(self, G: int, C: int, H: int, K: int):
+        super().__init__()
+        self.shape = (H, K)
+        self.norm = nn.BatchNorm1d(G * C, eps=1e-6, affine=False)
+        self.weight = nn.Parameter(torch.zeros(G, C, H * K))
+        self.bias = nn.Parameter(torch.zeros(G, 1, H * K))
+
+    def forward(self, x):
+        x = self.norm(x.flatten(1)).view_as(x).transpose(0, 1)  # (G, B, C)
+        return torch.baddbmm(self.bias, x, self.weight).unflatten(-1, self.shape)
+
+
+def fit(features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, settings: torch.Tensor,
+        num_classes: int, device) -> Probes:
+    """Train G x H probes at once on `rows` of features (N, G, C) and labels (N,): SGD with momentum 0.9.
+
+    settings (G, H, 2): learning rate, which falls to zero along half a cosine, and weight decay of each
+    probe. The probes share batches and nothing else: no number depends on which others are computed beside
+    it.
+    """
+    (G, H, _), g = settings.shape, torch.Generator().manual_seed(0)
+    probes = Probes(G, features.shape[2], H, num_classes).to(device)
+    rate, decay = settings.to(device).repeat_interleave(num_classes, 1)[:, None].unbind(-1)  # (G, 1, H K)
+    weights = list(probes.parameters())
+    speeds = [torch.zeros_like(w) for w in weights]
+    batches = math.ceil(len(rows) / BATCH)
+    for epoch in tqdm(range(EPOCHS), f"{G * H} probes", leave=False):
+        order = rows[torch.randperm(len(rows), generator=g)]
+        for i, chunk in enumerate(order.tensor_split(batches)):
+            logits = probes(features[chunk].to(device).float())
+            target = labels[chunk].to(device)[None, :, None].expand(logits.shape[:3])
+            loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="sum") / len(chunk)
+            fall = 0.5 + 0.5 * math.cos(math.pi * (epoch + i / batches) / EPOCHS)
+            for w, v, gradient in zip(weights, speeds, torch.autograd.grad(loss, weights)):
+                v.mul_(0.9).add_(gradient).add_(decay * w.detach())
+                w.data.sub_(fall * rate * v)
+    return probes.eval()
+
+
+@torch.no_grad()
+def count_correct(probes: Probes, features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor):
+    """How many of `rows` each probe gets right, (G, H) int64."""
+    device, count = probes.weight.device, 0
+    for chunk in rows.split(BATCH):
+        guess = probes(features[chunk].to(device).float()).argmax(-1)  # (G, B, H)
+        count = count + (guess == labels[chunk].to(device)[None, :, None]).sum(1)
+    return count.cpu()
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of n independent images."""
+    z, p = 1.959964, correct / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def linear_probe(train: torch.Tensor, labels: torch.Tensor, images: torch.Tensor, test: torch.Tensor,
+                 test_labels: torch.Tensor, num_classes: int, device="cpu") -> list[dict]:
+    """One result per feature: accuracy on `test`, its interval, and the settings chosen.
+
+    train (N, G, C), labels (N,), images (N,): which image a row is a crop of; test (N', G, C), test_labels
+    (N',). Learning rate and weight decay are chosen per feature on a tenth of the TRAINING images, with all
+    their crops; then the probe is trained again on all of them. The test images are looked at once.
+    """
+    settings, names, n = torch.tensor(SETTINGS).expand(train.shape[1], -1, 2), images.unique(), len(test)
+    names = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(1))]
+    aside = torch.isin(images, names[:max(len(names) // 10, 1)])
+    tried = fit(train, labels, (~aside).nonzero()[:, 0], settings, num_classes, device)
+    best = count_correct(tried, train, labels, aside.nonzero()[:, 0]).argmax(1)  # (G,)
+    settings = torch.tensor(SETTINGS)[best][:, None]
+    final = fit(train, labels, torch.arange(len(train)), settings, num_classes, device)
+    correct = count_correct(final, test, test_labels, torch.arange(n))[:, 0].tolist()
+    return [{"accuracy": count / n, "interval": wilson(count, n), "n": n, "learning_rate": SETTINGS[i][0],
+             "weight_decay": SETTINGS[i][1]} for count, i in zip(correct, best)]
+
+
+def probe_run(run: Run, layers: list[int], args: argparse.Namespace) -> list[dict]:
+    """`linear_probe` of a run, with "layer" and "step" (a number, or "mean") in each result."""
+    K, (_, V, T) = len(run.train.meta["classes"]), run.train.tokens.shape
+    null = run.model.config.num_classes
+    rows = choose(run.train, args.train_images, args.seed, K)
+    test_rows = choose(run.held_out, 0, args.seed, K)
+    crops = np.random.default_rng(args.seed).random((len(rows), V)).argsort(1)[:, :args.crops]
+    tokens = run.train.tokens[rows[:, None], crops].reshape(-1, T)
+    test_tokens = run.held_out.tokens[test_rows, 0]
+    train, test = (extract(run.model, codes, torch.full((len(codes),), null), layers, args.out)
+                   for codes in (tokens, test_tokens))
+    images = torch.from_numpy(rows).repeat_interleave(crops.shape[1])
+    labels, test_labels = (torch.from_numpy(cache.labels) for cache in (run.train, run.held_out))
+    results = linear_probe(train, labels[images], images, test, test_labels[test_rows], K, args.device)
+    where = [(n, s) for n in layers for s in (*eight_steps(T), "mean")]
+    return [{"layer": n, "step": s, **result} for (n, s), result in zip(where, results)]
+
+
+# ---- Attention ---------------------------------------------------------------------------------------------
+
+MASSES = ("class", "itself", "neighbours", "elsewhere")
+
+
+@torch.no_grad()
+def attention(model: Transformer, tokens: np.ndarray, batch: int = 4):
+    """Yield the attention of the next `batch` images, mean over heads: (B, L, T, T). tokens (N, T) codes."""
+    device = model.output.weight.device
+    for chunk in np.array_split(tokens, math.ceil(len(tokens) / batch)):
+        inputs = torch.from_numpy(chunk[:, :-1].astype(np.int64)).to(device)
+        classes = torch.full((len(chunk),), model.config.num_classes, device=device)
+        out = model(inputs, classes, layers=(model.config.n_layer,), head=False, return_attention=True)
+        yield torch.stack([weights.mean(1) for weights in out.attention], 1).cpu()
+
+
+def attention_numbers(weights: torch.Tensor, grid: int) -> dict[str, list[float]]:
+    """Where attention (L, T, T) goes, per layer, mean over the queries 1 ... T - 1: Observation 1 as numbers.
+
+    Shares, 1 in all: of the class token, of the query's own token, of its 8-neighbourhood without itself
+    (four of the eight are in the past), of all others. "distance": between query and key on the token grid,
+    in tokens, averaged over the attention that does not go to the class.
+    LlamaGen: the class token's logit is always 0, so its share is 1 / (1 + sum exp(other logits)): it tells
+    how far the others lie below 0, and nothing about the class.
+    """
+    cell = torch.arange(weights.shape[-1] - 1)  # of position 1 + cell
+    places = torch.stack([cell // grid, cell % grid], 1).float()  # (T - 1, 2)
+    apart = (places[:, None] - places).abs()  # (T - 1, T - 1, 2)
+    reach, seen = apart.amax(-1), weights[:, 1:, 1:]
+    shares = [weights[:, 1:, 0].mean(1)]
+    shares += [(seen * where).sum(-1).mean(1) for where in (reach == 0, reach == 1, reach > 1)]
+    distance = (seen * apart.norm(dim=-1)).sum((1, 2)) / seen.sum((1, 2))
+    return {name: x.tolist() for name, x in zip((*MASSES, "distance"), (*shares, distance))}
+
+
+# ---- Consistency -------------------------------------------------------------------------------------------
+
+SHIFTS = (0, 1, 2, 4, 8)  # pixels
+
+
+@torch.no_grad()
+def crops_and_codes(run: Run, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Seven crops of held-out images, uint8 (N, 7, S, S, 3), and their codes (N, 7, T).
+
+    Crops 0 and 1: upper left and lower right of the ten crops, the farthest apart without a mirror. From 2
+    on: moved to the right by `SHIFTS`.
+    """
+    size, device = run.held_out.meta["image_size"], run.model.output.weight.device
+
+    def cut(image):
+        wide = np.asarray(tokenizer.center_crop(image, size + max(SHIFTS)))
+        moved = [wide[4:4 + size, shift:shift + size] for shift in SHIFTS]
+        return np.stack([*tokenizer.ten_crops(image, size, run.ratio)[[0, 3]], *moved])
+
+    pixels = np.stack(tokenizer.read_pixels(run.images, rows.tolist(), cut, skip_corrupt=False))
+    chunks = torch.from_numpy(pixels).flatten(0, 1).split(16)
+    codes = torch.cat([run.vq.encode(tokenizer.to_float(chunk.to(device))).cpu() for chunk in chunks])
+    return pixels, codes.numpy().reshape(*pixels.shape[:2], -1)
+
+
+def consistency(features: torch.Tensor) -> dict[str, float]:
+    """Mean cosine of features (N, 2, S, C) of two crops at eight steps: Observations 2 and 3 as numbers.
+
+    Between the steps of one crop; between two crops at one step; between different images at one step. The
+    last is what the others are to be compared with: all features share directions that say nothing about an
+    image.
+    """
+    h = F.normalize(features.float(), dim=-1)
+    N, _, S, _ = h.shape
+    steps = torch.einsum("nvsc,nvtc->st", h, h) / (2 * N)  # (S, S), ones on the diagonal
+    images = torch.einsum("nsc,msc->nm", h[:, 0], h[:, 0]) / S  # (N, N), likewise
+    return {"steps": (steps.sum().item() - S) / (S * (S - 1)),
+            "crops": (h[:, 0] * h[:, 1]).sum(-1).mean().item(),
+            "images": (images.sum().item() - N) / (N * (N - 1))}
+
+
+# ---- Pictures ----------------------------------------------------------------------------------------------
+
+BLUE = np.array([0, 114, 178])  # tokenizer.COLOURS[0]
+
+
+def montage(cells: list[list[Image.Image]], rows: list[str], columns: list[tuple[str, str]],
+            title: str) -> Image.Image:
+    """Rows of equal pictures with a label before each row and two lines of text above each column."""
+    font, (w, h) = ImageFont.load_default(24), (side + 4 for side in cells[0][0].size)
+    left = 24 + max(int(font.getlength(row)) for row in rows)
+    width = max(left + len(columns) * w, int(font.getlength(title)) + 30)
+    image = Image.new("RGB", (width, 114 + len(rows) * h), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((10, 32), title, "black", font, anchor="ls")
+    for x, (upper, lower) in zip(range(left, width, w), columns):
+        draw.text((x, 72), upper, "black", font, anchor="ls")
+        draw.text((x + w / 2, 104), lower, "black", font, anchor="ms")
+    for y, label, line in zip(range(114, image.height, h), rows, cells):
+        draw.text((left - 10, y + h / 2), label, "black", font, anchor="rm")
+        for x, picture in zip(range(left, width, w), line):
+            image.paste(picture, (x, y))
+    return image
+
+
+def heat_map(panels: dict[str, dict[str, list[float]]], columns: list[str], title: str,
+             digits: int = 1) -> Image.Image:
+    """Tables {name: {row: values}} side by side, in cells from white (smallest value) to blue (largest)."""
+    values = [value for table in panels.values() for line in table.values() for value in line]
+    low, span, font = min(values), max(max(values) - min(values), 1e-9), ImageFont.load_default(24)
+
+    def cell(value):
+        share = (value - low) / span
+        colour = tuple((255 + share * (BLUE - 255)).astype(int).tolist())
+        image = Image.new("RGB", (70 if len(columns) > 5 else 136, 44), colour)
+        place, ink = (image.width / 2, 22), "white" if share > 0.6 else "black"
+        ImageDraw.Draw(image).text(place, f"{value:.{digits}f}", ink, font, "mm")
+        return image
+
+    names = max(panels.values(), key=len)  # models may differ in depth
+    blank = [Image.new("RGB", cell(low).size, "white")] * len(columns)
+    cells = [sum(([*map(cell, table[row])] if row in table else blank for table in panels.values()), [])
+             for row in names]
+    heads = [(name if column == columns[0] else "", column) for name in panels for column in columns]
+    return montage(cells, list(names), heads, title)
+
+
+def tinted(pixels: np.ndarray, weights: np.ndarray, current: int = -1, side: int = 144) -> Image.Image:
+    """An image (S, S, 3) in pale grey, blue where `weights` (g, g) in [0, 1] are high; `current` in red."""
+    grey = 90 + np.asarray(Image.fromarray(pixels).convert("L").resize((side, side)))[..., None] * (165 / 255)
+    alpha = Image.fromarray((weights * 229).astype(np.uint8)).resize((side, side), Image.NEAREST)
+    alpha = np.asarray(alpha)[..., None] / 255
+    image = Image.fromarray((grey * (1 - alpha) + BLUE * alpha).astype(np.uint8))
+    if current >= 0:
+        y, x = (k * side / len(weights) for k in divmod(current, len(weights)))
+        end = side / len(weights) - 1
+        ImageDraw.Draw(image).rectangle([x, y, x + end, y + end], outline="red", width=max(int(end / 5), 2))
+    return image
+
+
+def draw_numbers(runs: list[Run], results: dict[str, dict]) -> dict[str, Image.Image]:
+    """Figures 1b and 4 (probe), the layer x step table, attention distance and mass, cosines."""
+    T, curves, tables, distance, mass, half = runs[0].train.tokens.shape[2], {}, {}, {}, {}, 0.0
+    for run in runs:
+        probe, attention = results[run.name]["probe"], results[run.name]["attention"]
+        table = tables[run.name] = {f"layer {r['layer']}": [] for r in probe}
+        for r in probe:
+            table[f"layer {r['layer']}"].append(100 * r["accuracy"])
+            half = max(half, 50 * (r["interval"][1] - r["interval"][0]))
+        *own, mean = table[f"layer {run.layer}"]
+        curves[f"{run.name} (mean-pooled {mean:.1f})"] = list(zip(eight_steps(T), own))
+        distance[run.name] = list(enumerate(attention["distance"], 1))
+        masses = zip(*(attention[kind] for kind in MASSES))
+        mass[run.name] = {f"layer {n}": line for n, line in enumerate(masses, 1)}
+    curves["chance"] = [(s, 100 / len(runs[0].train.meta["classes"])) for s in eight_steps(T)]
+    even = attention_numbers((torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None])[None], math.isqrt(T))
+    distance["even"] = [(n, even["distance"][0]) for n, _ in max(distance.values(), key=len)]
+    cosine = {"": {run.name: list(results[run.name]["cosine"].values()) for run in runs}}
+    kinds = ["steps", "crops", "images"]
+    pictures = {
+        "probe": tokenizer.line_plot(curves, f"±{half:.1f}", f"step of {T}", "linear probe, top-1 %"),
+        "distance": tokenizer.line_plot(distance, "", "layer", "attention distance, tokens"),
+        "mass": heat_map(mass, list(MASSES), "Share of the attention by kind of key", 2),
+        "cosine": heat_map(cosine, kinds, "Mean cosine between features of different", 3)}
+    if any(len(table) > 1 for table in tables.values()):
+        columns = [*map(str, eight_steps(T)), "mean"]
+        title = f"Linear probe, top-1 %, by layer and step, ±{half:.1f}"
+        pictures["layers"] = heat_map(tables, columns, title)
+    return pictures
+
+
+def draw_attention(runs: list[Run], args: argparse.Namespace) -> Image.Image:
+    """Figures 2, 5 and 7: where the current token looks, runs side by side, a row per image and layer."""
+    held_out, T, grid = runs[0].held_out, runs[0].model.config.num_tokens, runs[0].model.config.grid
+    steps = args.map_steps or [T * i // 4 for i in range(1, 5)]
+    rows = args.map_images or choose(held_out, 3, args.seed).tolist()
+    if not all(2 <= s <= T for s in steps) or not all(0 <= row < len(held_out.tokens) for row in rows):
+        raise ValueError(f"--map-steps lie in 2 ... {T}, --map-images in 0 ... {len(held_out.tokens) - 1}.")
+    blocks, columns = [], []
+    for run in runs:
+        layers, block = layer_numbers(run, args.map_layers), []
+        for row, maps in zip(rows, torch.cat(list(attention(run.model, run.held_out.tokens[rows, 0])))):
+            pixels = np.asarray(tokenizer.center_crop(run.images.read(row), held_out.meta["image_size"]))
+            seen = F.pad(maps[..., 1:], (0, 1))  # without the class
+            seen = seen.unflatten(-1, (grid, grid)).numpy()  # (L, T, g, g)
+            block += [[tinted(pixels, seen[n - 1, s - 1] / seen[n - 1, s - 1].max(), s - 2) for s in steps]
+                      for n in layers]
+        blocks.append(block)
+        head = f"{run.name}, layer {layers[0]}" if len(layers) == 1 else run.name
+        columns += [(head if s == steps[0] else "", f"step {s}") for s in steps]
+    labels = [f"layer {n}" if len(layers) > 1 else "" for n in layers] * len(rows)
+    cells = [sum(line, []) for line in zip(*blocks)]
+    return montage(cells, labels, columns, "Attention of the current token (red)")
+
+
+def draw_codes(run: Run, changed: dict[int, float], rows: np.ndarray) -> Image.Image:
+    """Figure 1c: which codes change when the crop moves by some pixels."""
+    pixels, codes = crops_and_codes(run, rows)
+    codes = codes.reshape(*codes.shape[:2], run.model.config.grid, -1)
+    cells = [[tinted(p, c != line[2]) for p, c in zip(crops[2:], line[2:])]
+             for crops, line in zip(pixels, codes)]
+    columns = [("0 px", "")] + [(f"{shift} px", f"{100 * share:.0f} %") for shift, share in changed.items()]
+    return montage(cells, [""] * len(rows), columns, "Codes that change (blue) when the crop moves")
+
+
+# ---- Command line ------------------------------------------------------------------------------------------
+
+def measure(run: Run, args: argparse.Namespace) -> dict:
+    """All numbers of one run, as probe.json keeps them. Asserts that the model did not move."""
+    before = tokenizer.tokenizer_fingerprint(run.model)  # of any module's weights
+    layers = sorted({run.layer, *layer_numbers(run, args.layers)})
+    results = {"layer": run.layer, "probe": probe_run(run, layers, args)}
+    rows = choose(run.held_out, args.images, args.seed)
+    total = sum(weights.sum(0) for weights in attention(run.model, run.held_out.tokens[rows, 0]))
+    results["attention"] = attention_numbers(total / len(rows), run.model.config.grid)
+    codes = crops_and_codes(run, rows)[1]  # (N, 7, T)
+    pairs = codes[:, :2].reshape(-1, codes.shape[2])
+    null = torch.full((len(pairs),), run.model.config.num_classes)
+    features = extract(run.model, pairs, null, [run.layer], args.out)[:, :8]
+    results["cosine"] = consistency(features.unflatten(0, (-1, 2)))
+    changed = (codes[:, 3:] != codes[:, 2:3]).mean((0, 2))
+    results["codes_changed"] = dict(zip(SHIFTS[1:], changed.tolist()))
+    assert tokenizer.tokenizer_fingerprint(run.model) == before, "the probe moved the backbone"
+    return results
+
+
+def main() -> None:
+    """Parse the command line and run it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders or checkpoints (.pt), LlamaGen's too")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the results")
+    parser.add_argument("--layers", nargs="+", default=[], help="to probe, or: all (default: the run's depth)")
+    parser.add_argument("--train-images", type=int, default=10_000, help="to learn the probe from; 0: all")
+    parser.add_argument("--crops", type=int, default=2, help="of the ten crops of each of these images")
+    parser.add_argument("--images", type=int, default=200, help="held-out ones for the other numbers")
+    parser.add_argument("--map-images", type=int, nargs="+", help="held-out images to draw (default: three)")
+    parser.add_argument("--map-steps", type=int, nargs="+", help="steps to draw (default: four)")
+    parser.add_argument("--map-layers", nargs="+", default=[], help="layers whose attention to draw, or: all")
+    parser.add_argument("--data", help="folder or zip of images (default: the run's)")
+    parser.add_argument("--vq", help="tokenizer file (default: the run's)")
+    parser.add_argument("--cache", help="folder for token caches (default: the run's)")
+    parser.add_argument("--image-size", type=int, default=256, help="of a checkpoint that does not tell")
+    parser.add_argument("--ema", action="store_true", help="the teacher's weights instead of the student's")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and crops")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.crops < 1 or args.train_images < 0 or args.images < 2:
+        parser.error("needed: crops >= 1, train-images >= 0, images >= 2")
+
+    runs = [open_run(path, args) for path in args.runs]
+    check_runs(runs)
+    args.out.mkdir(parents=True, exist_ok=True)
+    pictures = {"attention": draw_attention(runs, args)}
+    results = {run.name: measure(run, args) for run in runs}
+    pictures |= draw_numbers(runs, results)
+    changed, three = results[runs[0].name]["codes_changed"], choose(runs[0].held_out, 3, args.seed)
+    pictures["codes"] = draw_codes(runs[0], changed, three)
+    for name, picture in pictures.items():
+        tokenizer.save_image(args.out / f"{name}.png", picture)
+    content = {"settings": {key: str(value) for key, value in vars(args).items()}, "runs": results}
+    text = json.dumps(content, indent=1).encode()
+    tokenizer.write_file(args.out / "probe.json", lambda file: file.write(text))
+    for run in runs:
+        weights = "ema" if args.ema else "student"
+        print(f"{run.name}, {weights} weights, layer {run.layer}: step, top-1 %, 95 % interval")
+        for r in results[run.name]["probe"]:
+            if r["layer"] == run.layer:
+                low, high = (100 * end for end in r["interval"])
+                print(f"{r['step']:>6} {100 * r['accuracy']:5.1f}  {low:.1f} ... {high:.1f}")
+    print(f"{args.out}: probe.json and " + ", ".join(f"{name}.png" for name in pictures))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
+        sys.exit(f"probe.py: {error}")
