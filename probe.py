@@ -67,7 +67,7 @@ def open_run(path: Path, args: argparse.Namespace) -> Run:
         known = {"codebook_size": model.config.vocab_size}
         known |= rest.get("data", {}) if split == "train" else {}
         if wrong := [key for key in known if meta[key] != known[key]]:
-            raise ValueError(f"{file} was trained with {wrong[0]} {str(known[wrong[0]])[:50]}, but {data} and "
+            raise ValueError(f"{file} was trained with {wrong[0]} {str(known[wrong[0]])[:40]}; {data} and "
                              f"{vq_path} have {str(meta[wrong[0]])[:50]}: they do not fit.")
         folder = tokenizer.cache_folder(args.cache or config.get("cache", "cache"), meta)
         tokenizer.build_cache(folder, images, vq, meta["image_size"], crops,
@@ -86,8 +86,8 @@ def check_runs(runs: list[Run]) -> None:
             raise ValueError(f"{first.name} has {a} tokens per image, {run.name} has {b}: probe them apart.")
         a, b = first.held_out.meta, run.held_out.meta
         if (a["images"], a["image_size"]) != (b["images"], b["image_size"]):
-            raise ValueError(f"{first.name} knows {a['source']} at {a['image_size']} px, {run.name} other images, "
-                             f"{b['source']} at {b['image_size']} px: probe them apart.")
+            raise ValueError(f"{first.name} knows {a['source']} at {a['image_size']} px, {run.name} "
+                             f"other images, {b['source']} at {b['image_size']} px: probe them apart.")
     if len({run.name for run in runs}) < len(runs):
         raise ValueError("two runs have the same name; rename one folder for the legends.")
 
@@ -108,8 +108,8 @@ def choose(cache: tokenizer.TokenCache, count: int, seed: int, at_least: int = 2
     """
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(cache.labels >= 0))[:count or None]
     if len(rows) < at_least:
-        raise ValueError(f"{len(rows)} {cache.meta['split']} images of {cache.meta['source']} are too few: at "
-                         f"least {at_least} are needed for {len(cache.meta['classes'])} classes.")
+        raise ValueError(f"{len(rows)} {cache.meta['split']} images of {cache.meta['source']} are too "
+                         f"few: at least {at_least} are needed for {len(cache.meta['classes'])} classes.")
     return rows
 
 
@@ -472,7 +472,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders or checkpoints (.pt), LlamaGen's too")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the results")
-    parser.add_argument("--layers", nargs="+", default=[], help="to probe, or: all (default: the run's depth)")
+    parser.add_argument("--layers", nargs="+", default=[], help="or: all (default: the run's depth)")
     parser.add_argument("--train-images", type=int, default=10_000, help="to learn the probe from; 0: all")
     parser.add_argument("--crops", type=int, default=2, help="of the ten crops of each of these images")
     parser.add_argument("--images", type=int, default=200, help="held-out ones for the other numbers")

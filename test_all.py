@@ -31,6 +31,7 @@ from PIL import Image
 import fid
 import losses
 import model
+import probe
 import sample
 import tokenizer
 import train
@@ -792,6 +793,104 @@ def test_sampling_scripts():
     for words, args in (("class 4 0 ... 3", ["runs/sampled", "--classes", 4]), ("no checkpoint", ["runs/none"])):
         refused = script("sample.py", *args)
         assert refused.returncode == 1 and "Traceback" not in refused.stderr
+        assert all(word in refused.stderr for word in words.split()), refused.stderr
+
+
+# ---- probe.py ----------------------------------------------------------------------------------------------
+
+
+def planted(n, seed, strength=1.0, classes=4, width=12):
+    """Features (n, 9, width) of noise; the label is written into the fourth one. And the labels (n,)."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=g)
+    x = torch.randn(n, 9, width, generator=g)
+    x[:, 3, :classes] += strength * F.one_hot(labels, classes)
+    return x, labels
+
+
+def test_probe_finds_a_planted_label_and_nothing_else():
+    (x, labels), (x2, labels2) = planted(1500, 0, strength=6.0), planted(800, 1, strength=6.0)
+    results = probe.linear_probe(x, labels, torch.arange(1500), x2, labels2, 4)
+    assert results.pop(3)["accuracy"] > 0.97
+    chance = [low <= 0.25 <= high for low, high in (result["interval"] for result in results)]
+    assert sum(chance) >= 7, results  # of eight 95 % intervals one may miss
+    assert all(abs(result["accuracy"] - 0.25) < 3.5 * math.sqrt(0.25 * 0.75 / 800) for result in results)
+
+
+def test_probe_agrees_with_plain_sgd_for_90_epochs():
+    (x, labels), (x2, labels2) = planted(1500, 2, strength=2.0), planted(4000, 3, strength=2.0)
+    quick = probe.linear_probe(x, labels, torch.arange(1500), x2, labels2, 4)[3]
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.BatchNorm1d(12, affine=False), torch.nn.Linear(12, 4))
+    optimizer = torch.optim.SGD(plain.parameters(), quick["learning_rate"], 0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 90)
+    for _ in range(90):
+        for rows in torch.randperm(1500).split(256):
+            loss = F.cross_entropy(plain(x[rows, 3]), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    accuracy = (plain.eval()(x2[:, 3]).argmax(1) == labels2).float().mean().item()
+    assert 0.5 < accuracy < 0.95 and abs(quick["accuracy"] - accuracy) < 0.01, (quick, accuracy)
+
+
+def test_probe_reports_the_leak_of_a_true_class():
+    """Under the null class random codes say nothing about the label; under the true class the features give it away."""
+    net, g = tiny_model(), torch.Generator().manual_seed(0)
+    codes, labels = torch.randint(11, (900, 16), generator=g).numpy(), torch.randint(5, (900,), generator=g)
+    accuracy = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        for classes in (torch.full((900,), 5), labels):
+            x = probe.extract(net, codes, classes, [2], Path(folder)).float()[:, :1]  # step 2
+            result, = probe.linear_probe(x[:600], labels[:600], torch.arange(600), x[600:], labels[600:], 5)
+            accuracy.append((result["accuracy"], *result["interval"]))
+    (_, low, high), leak = accuracy
+    assert low <= 0.2 <= high and leak[0] > 0.9, accuracy
+
+
+def test_extracted_features_are_the_models():
+    net, (codes, _) = tiny_model(), some_tokens(count=16)
+    with tempfile.TemporaryDirectory() as folder:
+        x = probe.extract(net, codes.numpy(), torch.full((3,), 5), [1, 3], Path(folder), batch=2)
+    hidden = net(codes[:, :-1], torch.full((3,), 5), layers=(1, 3)).hidden
+    assert x.shape == (3, 18, 32) and probe.eight_steps(16) == [2, 4, 6, 8, 10, 12, 14, 16]
+    for i, n in enumerate((1, 3)):
+        assert torch.allclose(x[:, 9 * i:9 * i + 8].float(), hidden[n][:, 1::2], atol=2e-2)
+        assert torch.allclose(x[:, 9 * i + 8].float(), hidden[n].mean(1), atol=2e-2)
+
+
+def test_attention_numbers():
+    """Attention to the own token only, to the left one only, and spread evenly over what can be seen."""
+    T = 17  # a 4 x 4 grid behind the class, the last query included
+    own, left = torch.eye(T)[None], torch.zeros(1, T, T)
+    left[0, 1:, :-1] = torch.eye(T - 1)
+    numbers = probe.attention_numbers(own, 4)
+    assert numbers["itself"] == [1.0] and numbers["class"] == [0.0] and numbers["distance"] == [0.0]
+    numbers = probe.attention_numbers(left, 4)  # the first query sees the class, three sit at a row's beginning
+    assert np.allclose([numbers[kind][0] for kind in ("class", "neighbours", "elsewhere")], [1 / 16, 12 / 16, 3 / 16])
+    assert abs(numbers["distance"][0] - (12 + 3 * math.sqrt(10)) / 15) < 1e-5
+    net, (tokens, _) = tiny_model(), some_tokens(count=16)
+    weights = next(probe.attention(net, tokens.numpy()))[0]
+    numbers = probe.attention_numbers(weights, 4)
+    assert np.allclose(sum(np.array(numbers[kind]) for kind in probe.MASSES), 1, atol=1e-5)
+
+
+def test_probe_script():
+    for name, size in (("probed", 16), ("other-size", 32)):
+        run = run_train(name, "--steps", 1, "--image-size", size)
+        assert run.returncode == 0, run.stderr[-3000:]
+    _, root = workshop()
+    done = script("probe.py", "runs/probed", "--out", "figures", "--layers", "all", "--images", 4, "--map-images", 0, 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((root / "figures" / "probe.json").read_text())["runs"]["probed"]
+    assert len(results["probe"]) == 4 * 9 and len(results["attention"]["distance"]) == 4
+    assert {"probe.png", "layers.png", "attention.png", "mass.png", "distance.png", "cosine.png", "codes.png"} <= \
+        {path.name for path in (root / "figures").iterdir()}
+    for words, args in (("16 tokens 64 apart", ["runs/probed", "runs/other-size"]), ("no checkpoint", ["runs/none"]),
+                        ("same name", ["runs/probed", "runs/probed"]), ("layers 1 ... 4", ["runs/probed", "--layers", 9])):
+        refused = script("probe.py", *args)
+        assert refused.returncode == 1 and "Traceback" not in refused.stderr, refused.stderr[-2000:]
         assert all(word in refused.stderr for word in words.split()), refused.stderr
 
 
