@@ -796,6 +796,29 @@ def test_sampling_scripts():
         assert all(word in refused.stderr for word in words.split()), refused.stderr
 
 
+def test_llamagens_files():
+    """Files in the published format, random weights: encode, decode and sample from them, as the command line does."""
+    _, root = workshop()
+    torch.manual_seed(0)
+    vq = tokenizer.VQModel(tokenizer.VQConfig()).eval()
+    torch.save({"model": vq.state_dict()}, root / "vq_ds16.pt")
+    net = model.Transformer(model.ModelConfig(*model.SIZES["nano"], num_tokens=16))
+    torch.save({"model": net.state_dict(), "steps": 1, "args": argparse.Namespace(image_size=64)}, root / "gpt.pt")
+    again = tokenizer.load_tokenizer(root / "vq_ds16.pt")
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(again.encode(x), vq.encode(x)) and again.encode(x).shape == (2, 4)
+    assert torch.equal(again.decode(again.encode(x)), vq.decode(vq.encode(x)))
+    done = script("sample.py", "--gpt", "gpt.pt", "--vq", "vq_ds16.pt", "--classes", 207, 360, "--cfg", 4.0)
+    assert done.returncode == 0 and Image.open(root / "samples.png").width > 2 * 96, done.stderr[-3000:]
+    for words, args in (("holds a VQ tokenizer", ["--gpt", "vq_ds16.pt", "--vq", "vq_ds16.pt"]),
+                        ("holds a transformer", ["--gpt", "gpt.pt", "--vq", "gpt.pt"]),
+                        ("64 codes 16384", ["--gpt", "gpt.pt", "--vq", "vq.pt"])):
+        refused = script("sample.py", *args)
+        assert refused.returncode == 1 and "Traceback" not in refused.stderr, refused.stderr[-2000:]
+        assert all(word in refused.stderr for word in words.split()), refused.stderr
+    (root / "vq_ds16.pt").unlink()
+
+
 # ---- probe.py ----------------------------------------------------------------------------------------------
 
 
