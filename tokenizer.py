@@ -792,8 +792,11 @@ def prepare(settings, device: torch.device, store) -> tuple[VQModel, TokenCache,
             device=device, skip_corrupt=settings.skip_corrupt)
         return data, str(path), settings.name + ("-shapes" if data == "shapes" != settings.data else "")
 
+    named = settings.tokenizer != ""
     settings.data, settings.tokenizer, settings.name = agree("found", find)
     vq, caches = load_tokenizer(settings.tokenizer, device), []
+    if rank_and_world()[0] == 0 and not named:
+        print_quality(settings.tokenizer, vq, settings)
     for split, ratios in (("train", settings.crop_ratios), ("val", ())):  # held out: centre crops alone
         images = open_images(settings.data, split)
         folder = cache_folder(settings.cache, cache_meta(images, vq, settings.image_size, ratios))
@@ -878,9 +881,8 @@ def line_plot(series: dict[str, list[tuple[float, float]]], title: str, x_label:
     return image
 
 
-# ---- Command line ------------------------------------------------------------------------------------------
-
 def held_out_pixels(images: ImageSet, size: int, count: int, skip_corrupt: bool = False) -> torch.Tensor:
+    """Centre crops of `count` evenly spaced images, uint8 (N, S, S, 3); errors as `read_pixels`."""
     rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
     pixels = read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)), skip_corrupt)
     return torch.from_numpy(np.stack([p for p in pixels if p is not None]))
@@ -894,6 +896,24 @@ def reconstruction_grid(vq: VQModel, pixels: torch.Tensor) -> Image.Image:
     pairs = [half for a, b in zip(pixels.split(10), again.split(10)) for half in (a, b)]
     return image_grid(torch.cat(pairs).numpy(), min(10, len(pixels)))
 
+
+def print_quality(path: str | Path, vq: VQModel, settings) -> None:
+    """One line about the tokenizer at `path` on at most 1000 held-out images; `settings` as below."""
+    images = open_images(settings.data, "val")
+    pixels = held_out_pixels(images, settings.image_size, 1000, settings.skip_corrupt)
+    quality = evaluate_tokenizer(vq, pixels)
+    print(f"{path}: PSNR {quality['psnr']:.2f} dB, {quality['usage']:.1%} of {vq.config.codebook_size} codes "
+          f"used, perplexity {quality['perplexity']:.0f} on {len(pixels)} held-out images")
+
+
+def save_reconstructions(path: str | Path, vq: VQModel, settings) -> None:
+    """`reconstruction_grid` of twenty held-out images; `settings` has data, image_size and skip_corrupt."""
+    images = open_images(settings.data, "val")
+    pixels = held_out_pixels(images, settings.image_size, 20, settings.skip_corrupt)
+    save_image(path, reconstruction_grid(vq, pixels))
+
+
+# ---- Command line ------------------------------------------------------------------------------------------
 
 def main() -> None:
     """Parse the command line and run it."""
@@ -920,19 +940,15 @@ def main() -> None:
         config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=args.codes)
         vq = train_tokenizer(open_images(args.data), args.image_size, config, args.steps, args.batch,
                              seed=args.seed, device=args.device, skip_corrupt=args.skip_corrupt)
-        held_out = held_out_pixels(open_images(args.data, "val"), args.image_size, 1000, args.skip_corrupt)
-        quality = evaluate_tokenizer(vq, held_out)
-        save_tokenizer(args.out, vq, quality=quality)
-        print(f"{args.out}: PSNR {quality['psnr']:.2f} dB, {quality['usage']:.1%} of {args.codes} codes "
-              f"used, perplexity {quality['perplexity']:.0f} on {len(held_out)} held-out images")
+        save_tokenizer(args.out, vq)
+        print_quality(args.out, vq, args)
         return
     vq = load_tokenizer(args.tokenizer, args.device)
     if args.command == "encode":
         build_cache(args.out, open_images(args.data, args.split), vq, args.image_size,
                     tuple(args.crop_ratios), args.skip_corrupt)
     else:
-        pixels = held_out_pixels(open_images(args.data, "val"), args.image_size, 20, args.skip_corrupt)
-        save_image(args.out, reconstruction_grid(vq, pixels))
+        save_reconstructions(args.out, vq, args)
 
 
 if __name__ == "__main__":

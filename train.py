@@ -171,7 +171,7 @@ def check_config(c: Config, world: int) -> None:
 def meet(device: str) -> tuple[int, int, torch.device, dist.Store]:
     """(rank, processes, this process's device, a store they share).
 
-    No process group yet: rank 0 may train the tokenizer for an hour. A key in the store can be waited for.
+    No group yet: rank 0 may train a tokenizer for an hour. A key can be waited for, a collective times out.
     """
     rank, world = tokenizer.rank_and_world()
     device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
@@ -377,8 +377,7 @@ def train_step(run: Run, forward: nn.Module, teacher: nn.Module, step: int) -> d
     for part in range(parts):
         batch = draw_batch(config, run.cache, step, run.rank * parts + part, run.world * parts)
         batch = Batch(*(x.to(run.device) for x in batch))
-        wait = run.world > 1 and part < parts - 1  # DDP averages the gradients once, in the last part
-        with forward.no_sync() if wait else nullcontext():
+        with forward.no_sync() if run.world > 1 and part < parts - 1 else nullcontext():  # average once
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
                 values = compute_losses(forward, teacher, batch, config, run.rank)
             (values["loss"] / parts).backward()
@@ -455,6 +454,7 @@ def open_folder(run: Run) -> None:
     metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= run.start))
     if sum(p.numel() for p in run.vq.parameters()) < 5e6:  # so that a run that is moved still samples
         tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)
+        tokenizer.save_reconstructions(folder / "reconstructions.png", run.vq, run.config)
     save(run, run.start)
 
 
@@ -504,7 +504,7 @@ def train(run: Run) -> None:
         if stop and not last:
             sys.exit(130)
     if run.rank == 0:
-        print(f"Done: runs/{config.name}/ holds checkpoint.pt, metrics.jsonl, loss.png and samples/.")
+        print(f"Done: runs/{config.name}/ holds checkpoint.pt, metrics.jsonl and the pictures.")
 
 
 def main() -> None:
