@@ -138,7 +138,7 @@ def extract(model: Transformer, tokens: np.ndarray, classes: torch.Tensor, layer
         inputs = torch.from_numpy(tokens[rows.numpy(), :-1].astype(np.int64)).to(device)
         hidden = model(inputs, classes[rows].to(device), layers=tuple(layers), head=False).hidden
         parts = [part for n in layers for part in (hidden[n][:, positions], hidden[n].mean(1, keepdim=True))]
-        features[rows[0]:rows[-1] + 1] = torch.cat(parts, 1).half().cpu()
+        features[rows[0]:rows[-1] + 1] = torch.cat(parts, 1).clamp(-6e4, 6e4).half().cpu()
     return features
 
 
@@ -192,13 +192,15 @@ def fit(features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, settin
 
 
 @torch.no_grad()
-def count_correct(probes: Probes, features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor):
-    """How many of `rows` each probe gets right, (G, H) int64."""
-    device, count = probes.weight.device, 0
+def evaluate(probes: Probes, features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor):
+    """How many of `rows` each probe gets right, and its cross-entropy summed over them: (G, H) each."""
+    device, correct, loss = probes.weight.device, 0, 0
     for chunk in rows.split(BATCH):
-        guess = probes(features[chunk].to(device).float()).argmax(-1)  # (G, B, H)
-        count = count + (guess == labels[chunk].to(device)[None, :, None]).sum(1)
-    return count.cpu()
+        logits = probes(features[chunk].to(device).float())  # (G, B, H, K)
+        target = labels[chunk].to(device)[None, :, None].expand(logits.shape[:3])
+        correct = correct + (logits.argmax(-1) == target).sum(1)
+        loss = loss + F.cross_entropy(logits.movedim(-1, 1), target, reduction="none").sum(1)
+    return correct.cpu(), loss.cpu()
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
@@ -214,16 +216,17 @@ def linear_probe(train: torch.Tensor, labels: torch.Tensor, images: torch.Tensor
 
     train (N, G, C), labels (N,), images (N,): which image a row is a crop of; test (N', G, C), test_labels
     (N',). Learning rate and weight decay are chosen per feature on a tenth of the TRAINING images, with all
-    their crops; then the probe is trained again on all of them. The test images are looked at once.
+    their crops, by cross-entropy, which is less noisy than accuracy; then the probe is trained again on all
+    of them. The test images are looked at once.
     """
     settings, names, n = torch.tensor(SETTINGS).expand(train.shape[1], -1, 2), images.unique(), len(test)
     names = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(1))]
     aside = torch.isin(images, names[:max(len(names) // 10, 1)])
     tried = fit(train, labels, (~aside).nonzero()[:, 0], settings, num_classes, device)
-    best = count_correct(tried, train, labels, aside.nonzero()[:, 0]).argmax(1)  # (G,)
+    best = evaluate(tried, train, labels, aside.nonzero()[:, 0])[1].argmin(1)  # (G,)
     settings = torch.tensor(SETTINGS)[best][:, None]
     final = fit(train, labels, torch.arange(len(train)), settings, num_classes, device)
-    correct = count_correct(final, test, test_labels, torch.arange(n))[:, 0].tolist()
+    correct = evaluate(final, test, test_labels, torch.arange(n))[0][:, 0].tolist()
     return [{"accuracy": count / n, "interval": wilson(count, n), "n": n, "learning_rate": SETTINGS[i][0],
              "weight_decay": SETTINGS[i][1]} for count, i in zip(correct, best)]
 
@@ -360,7 +363,7 @@ def heat_map(panels: dict[str, dict[str, list[float]]], columns: list[str], titl
         ImageDraw.Draw(image).text(place, f"{value:.{digits}f}", ink, font, "mm")
         return image
 
-    names = max(panels.values(), key=len)  # models may differ in depth
+    names = dict.fromkeys(row for table in panels.values() for row in table)  # models may differ in depth
     blank = [Image.new("RGB", cell(low).size, "white")] * len(columns)
     cells = [sum(([*map(cell, table[row])] if row in table else blank for table in panels.values()), [])
              for row in names]
@@ -371,7 +374,7 @@ def heat_map(panels: dict[str, dict[str, list[float]]], columns: list[str], titl
 def tinted(pixels: np.ndarray, weights: np.ndarray, current: int = -1, side: int = 144) -> Image.Image:
     """An image (S, S, 3) in pale grey, blue where `weights` (g, g) in [0, 1] are high; `current` in red."""
     grey = 90 + np.asarray(Image.fromarray(pixels).convert("L").resize((side, side)))[..., None] * (165 / 255)
-    alpha = Image.fromarray((weights * 229).astype(np.uint8)).resize((side, side), Image.NEAREST)
+    alpha = Image.fromarray((weights * 190).astype(np.uint8)).resize((side, side), Image.NEAREST)
     alpha = np.asarray(alpha)[..., None] / 255
     image = Image.fromarray((grey * (1 - alpha) + BLUE * alpha).astype(np.uint8))
     if current >= 0:
@@ -401,7 +404,7 @@ def draw_numbers(runs: list[Run], results: dict[str, dict]) -> dict[str, Image.I
     cosine = {"": {run.name: list(results[run.name]["cosine"].values()) for run in runs}}
     kinds = ["steps", "crops", "images"]
     pictures = {
-        "probe": tokenizer.line_plot(curves, f"±{half:.1f}", f"step of {T}", "linear probe, top-1 %"),
+        "probe": tokenizer.line_plot(curves, f"±{half:.1f} (95 %)", f"step of {T}", "linear probe, top-1 %"),
         "distance": tokenizer.line_plot(distance, "", "layer", "attention distance, tokens"),
         "mass": heat_map(mass, list(MASSES), "Share of the attention by kind of key", 2),
         "cosine": heat_map(cosine, kinds, "Mean cosine between features of different", 3)}
@@ -419,15 +422,15 @@ def draw_attention(runs: list[Run], args: argparse.Namespace) -> Image.Image:
     rows = args.map_images or choose(held_out, 3, args.seed).tolist()
     if not all(2 <= s <= T for s in steps) or not all(0 <= row < len(held_out.tokens) for row in rows):
         raise ValueError(f"--map-steps lie in 2 ... {T}, --map-images in 0 ... {len(held_out.tokens) - 1}.")
-    blocks, columns = [], []
+    blocks, columns, fewest = [], [], min(run.model.config.n_layer for run in runs)
     for run in runs:
-        layers, block = layer_numbers(run, args.map_layers), []
+        layers, block = layer_numbers(run, args.map_layers)[:fewest], []  # models may differ in depth
         for row, maps in zip(rows, torch.cat(list(attention(run.model, run.held_out.tokens[rows, 0])))):
             pixels = np.asarray(tokenizer.center_crop(run.images.read(row), held_out.meta["image_size"]))
             seen = F.pad(maps[..., 1:], (0, 1))  # without the class
+            seen = seen / seen.amax(-1, keepdim=True).clamp_min(1e-12)
             seen = seen.unflatten(-1, (grid, grid)).numpy()  # (L, T, g, g)
-            block += [[tinted(pixels, seen[n - 1, s - 1] / seen[n - 1, s - 1].max(), s - 2) for s in steps]
-                      for n in layers]
+            block += [[tinted(pixels, seen[n - 1, s - 1], s - 2) for s in steps] for n in layers]
         blocks.append(block)
         head = f"{run.name}, layer {layers[0]}" if len(layers) == 1 else run.name
         columns += [(head if s == steps[0] else "", f"step {s}") for s in steps]
