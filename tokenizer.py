@@ -76,20 +76,20 @@ def download_tiny_imagenet(path: str | Path, timeout: float = 15) -> None:
 
     Raises OSError if the server is silent for `timeout` seconds or sends something else.
     """
-    def fetch(file):
-        digest, size = hashlib.md5(), 0
-        with urllib.request.urlopen(TINY_IMAGENET_URL, timeout=timeout) as response, \
-                tqdm(total=TINY_IMAGENET_SIZE, unit="B", unit_scale=True, desc="downloading images") as bar:
+    def receive(file):
+        md5, size = hashlib.md5(), 0
+        with tqdm(total=TINY_IMAGENET_SIZE, unit="B", unit_scale=True, desc="downloading images") as bar:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
-                digest.update(chunk)
+                md5.update(chunk)
                 size += len(chunk)
                 bar.update(len(chunk))
-        if size != TINY_IMAGENET_SIZE or digest.hexdigest() != TINY_IMAGENET_MD5:
+        if size != TINY_IMAGENET_SIZE or md5.hexdigest() != TINY_IMAGENET_MD5:
             raise OSError(f"{TINY_IMAGENET_URL} sent {size:,} bytes that are not the expected file")
 
     if not Path(path).exists():
-        write_file(path, fetch)
+        with urllib.request.urlopen(TINY_IMAGENET_URL, timeout=timeout) as response:
+            write_file(path, receive)
 
 
 def find_images(data: str) -> str:
