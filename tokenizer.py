@@ -739,7 +739,7 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
         crops = read_pixels(images, rows, lambda image: views(image, size, ratios), skip_corrupt)
         blank = np.zeros((V, size, size, 3), np.uint8)
         pixels = np.concatenate([blank if c is None else c for c in crops])  # (rows V, S, S, 3)
-        for chunk in torch.from_numpy(pixels).split(2 ** 20 // size ** 2):  # a megapixel at a time
+        for chunk in torch.from_numpy(pixels).split(max(2 ** 20 // size ** 2, 1)):  # a megapixel at a time
             codes.append(vq.encode(to_float(chunk.to(device))).cpu().numpy().astype(np.uint16))
         codes = np.concatenate(codes).reshape(len(rows), V, T)
         codes[[c is None for c in crops]] = UNREADABLE
