@@ -554,6 +554,7 @@ def check_statistics(side: Side, features: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line; impossible combinations end with a sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--real", required=True, help="folder, zip, shapes, or .npz of images or statistics")
     parser.add_argument("--fake", nargs="*", default=[], help=".npz, folder or zip of samples, or: held-out")

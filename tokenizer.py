@@ -357,6 +357,8 @@ VQ_CONFIGS = {
 
 
 class ResnetBlock(nn.Module):
+    """Two normalised convolutions beside a shortcut, (B, cin, h, w) -> (B, cout, h, w)."""
+
     def __init__(self, cin: int, cout: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
@@ -387,6 +389,8 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """(B, c, h, w) -> (B, c, h / 2, w / 2)."""
+
     def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
@@ -396,6 +400,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """(B, c, h, w) -> (B, c, 2 h, 2 w)."""
+
     def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
