@@ -19,7 +19,6 @@ features, K classes.
 import argparse
 import hashlib
 import json
-import pickle
 import sys
 import urllib.request
 import zipfile
@@ -39,7 +38,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tokenizer import (IMAGE_SUFFIXES, ImageSet, _decode, _list_files, center_crop, digest, open_images,
-                       read_pixels, to_float, write_file)
+                       read_pixels, read_weights, to_float, write_file)
 
 # ---- Image sets: what stands on either side of a comparison ------------------------------------------------
 
@@ -425,7 +424,7 @@ def load_classifier(source: str, size: int, steps: int, cache: str | Path = "cac
         state = {name: value.cpu() for name, value in model.state_dict().items()}
         write_file(path, lambda file: torch.save({"model": state, "accuracy": float(accuracy),
                                                   "held_out": held_out.count, "meta": meta}, file))
-    saved = _load_weights(path)
+    saved = read_weights(path)
     model = Classifier(len(images.classes), size)
     if saved.get("meta") != meta:
         raise ValueError(f"{path} is not the classifier of {source}; delete it to train one again.")
@@ -444,19 +443,6 @@ def classifier_extractor(model: Classifier, device: str = "cpu") -> Callable[[np
             pool, logits = model(to_float(torch.from_numpy(pixels).to(device)))
         return Features(pool, None, logits.double().softmax(1))
     return extract
-
-
-def _load_weights(path) -> dict:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist.") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
-        reason = str(error).split("\n")[0][:100]
-        raise ValueError(f"{path} is not a whole file of weights ({reason}); get it again.") from None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} holds a {type(saved).__name__}, not a dictionary of weights.")
-    return saved
 
 
 def _weights_hash(state: dict[str, torch.Tensor]) -> str:
@@ -774,7 +760,7 @@ def load_inception(weights: str | None, cache: str | Path, resize: str,
     path = Path(weights or Path(cache) / INCEPTION_URL.rsplit("/", 1)[1])
     if not weights and not path.exists():
         write_file(path, _download_inception)
-    state, model = _load_weights(path), InceptionV3()
+    state, model = read_weights(path), InceptionV3()
     own = model.state_dict()  # files saved before torch 0.4.1 lack the counters, which nothing here reads
     state = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | state
     wrong = sorted(state.keys() ^ own.keys()) or \

@@ -14,7 +14,6 @@ t positions of this call, s positions attended to.
 
 import argparse
 import math
-import pickle
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from tokenizer import read_weights
 
 # ---- Configuration -----------------------------------------------------------------------------------------
 
@@ -247,12 +248,7 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}.")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # "args" in some of LlamaGen's
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
-    content = content if isinstance(content, dict) else {}
+    content = read_weights(path)
     if "tok_embeddings.weight" in content:
         content = {"model": content}
     state = content.get("model", {})

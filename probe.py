@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
+import sample
 import tokenizer
 from model import Transformer, load_model
 
@@ -327,7 +328,7 @@ def consistency(features: torch.Tensor) -> dict[str, float]:
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
 
-BLUE = np.array([0, 114, 178])  # tokenizer.COLOURS[0]
+BLUE = np.array([0, 114, 178])  # sample.COLOURS[0]
 
 
 def montage(cells: list[list[Image.Image]], rows: list[str], columns: list[tuple[str, str]],
@@ -404,8 +405,8 @@ def draw_numbers(runs: list[Run], results: dict[str, dict]) -> dict[str, Image.I
     cosine = {"": {run.name: list(results[run.name]["cosine"].values()) for run in runs}}
     kinds = ["steps", "crops", "images"]
     pictures = {
-        "probe": tokenizer.line_plot(curves, f"±{half:.1f} (95 %)", f"step of {T}", "linear probe, top-1 %"),
-        "distance": tokenizer.line_plot(distance, "", "layer", "attention distance, tokens"),
+        "probe": sample.line_plot(curves, f"±{half:.1f} (95 %)", f"step of {T}", "linear probe, top-1 %"),
+        "distance": sample.line_plot(distance, "", "layer", "attention distance, tokens"),
         "mass": heat_map(mass, list(MASSES), "Share of the attention by kind of key", 2),
         "cosine": heat_map(cosine, kinds, "Mean cosine between features of different", 3)}
     if any(len(table) > 1 for table in tables.values()):
@@ -453,7 +454,7 @@ def draw_codes(run: Run, changed: dict[int, float], rows: np.ndarray) -> Image.I
 
 def measure(run: Run, args: argparse.Namespace) -> dict:
     """All numbers of one run, as probe.json keeps them. Asserts that the model did not move."""
-    before = tokenizer.tokenizer_fingerprint(run.model)  # of any module's weights
+    before = tokenizer.fingerprint(run.model)
     layers = sorted({run.layer, *layer_numbers(run, args.layers)})
     results = {"layer": run.layer, "probe": probe_run(run, layers, args)}
     rows = choose(run.held_out, args.images, args.seed)
@@ -466,7 +467,7 @@ def measure(run: Run, args: argparse.Namespace) -> dict:
     results["cosine"] = consistency(features.unflatten(0, (-1, 2)))
     changed = (codes[:, 3:] != codes[:, 2:3]).mean((0, 2))
     results["codes_changed"] = dict(zip(SHIFTS[1:], changed.tolist()))
-    assert tokenizer.tokenizer_fingerprint(run.model) == before, "the probe moved the backbone"
+    assert tokenizer.fingerprint(run.model) == before, "the probe moved the backbone"
     return results
 
 
@@ -502,7 +503,7 @@ def main() -> None:
     changed, three = results[runs[0].name]["codes_changed"], choose(runs[0].held_out, 3, args.seed)
     pictures["codes"] = draw_codes(runs[0], changed, three)
     for name, picture in pictures.items():
-        tokenizer.save_image(args.out / f"{name}.png", picture)
+        sample.save_image(args.out / f"{name}.png", picture)
     content = {"settings": {key: str(value) for key, value in vars(args).items()}, "runs": results}
     text = json.dumps(content, indent=1).encode()
     tokenizer.write_file(args.out / "probe.json", lambda file: file.write(text))

@@ -13,12 +13,14 @@ Shapes in comments: B images, T tokens, V vocabulary, S side in pixels.
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import tokenizer
@@ -74,6 +76,97 @@ def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg
     return tokens
 
 
+# ---- Pictures: grids, line plots, reconstructions ----------------------------------------------------------
+
+# Okabe and Ito's palette: told apart by colour-blind readers
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+
+
+def save_image(path: str | Path, image: Image.Image) -> None:
+    """Write `image` as PNG, through `tokenizer.write_file`."""
+    tokenizer.write_file(path, lambda file: image.save(file, "PNG"))
+
+
+def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None,
+               cell: int = 96) -> Image.Image:
+    """uint8 (N, S, S, 3) -> one picture, row by row, each image enlarged to `cell` pixels, captions below."""
+    N, gap, line = len(pixels), 4, 16 if captions else 0
+    rows = math.ceil(N / columns)
+    cell = max(cell, pixels.shape[1])
+    grid = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line + gap) + gap), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
+    for i, image in enumerate(pixels):
+        x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + line + gap)
+        grid.paste(Image.fromarray(image).resize((cell, cell), Image.LANCZOS), (x, y))
+        if captions:
+            text = captions[i]
+            while text and draw.textlength(text, font) > cell:
+                text = text[:-1]
+            draw.text((x + cell / 2, y + cell + 1), text, "black", font, anchor="ma")
+    return grid
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= min((m for m in (1, 2, 2.5, 5, 10)), key=lambda m: abs((high - low) / (m * step) - 5))
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def line_plot(series: dict[str, list[tuple[float, float]]], title: str, x_label: str, y_label: str,
+              width: int = 640, height: int = 400) -> Image.Image:
+    """A plain line plot of {name: [(x, y), ...]} with a legend, drawn at twice the size; nan leaves a gap."""
+    series = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
+    xs, ys = ([point[i] for points in series.values() for point in points] or [0.0] for i in (0, 1))
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+    x1, pad = max(x1, x0 + 1e-9), 0.06 * (y1 - y0) or 0.5
+    y0, y1 = y0 - pad, y1 + pad
+    image = Image.new("RGB", (2 * width, 2 * height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
+    left, right, top, bottom = 140, 2 * width - 40, 80, 2 * height - 110
+
+    def place(x, y):
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    for y in _ticks(y0, y1):
+        draw.line([place(x0, y), place(x1, y)], "#DDDDDD", 2)
+        draw.text((left - 12, place(x0, y)[1]), f"{y:g}", "black", font, anchor="rm")
+    for x in _ticks(x0, x1):
+        draw.text((place(x, y0)[0], bottom + 10), f"{x:g}", "black", font, anchor="ma")
+    draw.line([(left, top), (left, bottom), (right, bottom)], "black", 3)
+    for colour, (name, points) in zip(COLOURS * 4, series.items()):
+        places = [place(x, y) for x, y in points]
+        if len(places) > 1:
+            draw.line(places, colour, 5, joint="curve")
+        for x, y in places if len(places) < 30 else []:
+            draw.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
+    x = right
+    for colour, name in reversed(list(zip(COLOURS * 4, series))):
+        x -= draw.textlength(name, font) + 24
+        draw.text((x, 66), name, colour, font, anchor="ls")
+    draw.text((left, 66), title, "black", font, anchor="ls")
+    draw.text(((left + right) / 2, 2 * height - 20), x_label, "black", font, anchor="ms")
+    side = Image.new("L", (bottom - top, 40))
+    ImageDraw.Draw(side).text(((bottom - top) / 2, 20), y_label, 255, font, anchor="mm")
+    image.paste("black", (8, top), side.rotate(90, expand=True))
+    return image
+
+
+@torch.no_grad()
+def reconstruction_grid(vq: tokenizer.VQModel, pixels: torch.Tensor) -> Image.Image:
+    """uint8 (N, S, S, 3) -> a picture of pairs of rows: ten originals, and below them what the codes keep."""
+    device = next(vq.parameters()).device
+    again = tokenizer.to_uint8(vq.decode(vq.encode(tokenizer.to_float(pixels.to(device))))).cpu()
+    pairs = [half for a, b in zip(pixels.split(10), again.split(10)) for half in (a, b)]
+    return image_grid(torch.cat(pairs).numpy(), min(10, len(pixels)))
+
+
+def save_reconstructions(path: str | Path, vq: tokenizer.VQModel, settings) -> None:
+    """`reconstruction_grid` of twenty held-out images; `settings` has data, image_size and skip_corrupt."""
+    images = tokenizer.open_images(settings.data, "val")
+    pixels = tokenizer.held_out_pixels(images, settings.image_size, 20, settings.skip_corrupt)
+    save_image(path, reconstruction_grid(vq, pixels))
+
+
 # ---- Images ------------------------------------------------------------------------------------------------
 
 def sample_images(model: Transformer, vq: tokenizer.VQModel, classes: torch.Tensor, seed: int,
@@ -90,8 +183,8 @@ def save_samples(path: Path, model: Transformer, vq: tokenizer.VQModel, classes:
                  seed: int, **settings) -> None:
     """Write a grid of one image per entry of `classes`, captioned with its name."""
     pixels = sample_images(model, vq, torch.tensor(classes), seed, **settings)
-    grid = tokenizer.image_grid(pixels, min(10, len(classes)), [names[c] for c in classes])
-    tokenizer.save_image(path, grid)
+    grid = image_grid(pixels, min(10, len(classes)), [names[c] for c in classes])
+    save_image(path, grid)
 
 
 def save_npz(path: Path, model: Transformer, vq: tokenizer.VQModel, count: int, batch: int, seed: int,
@@ -141,7 +234,7 @@ def open_run(args: argparse.Namespace) -> tuple[Transformer, tokenizer.VQModel, 
         raise ValueError(f"{vq_path} has {vq.config.codebook_size} codes, but {path} was trained on "
                          f"{model.config.vocab_size}: they do not belong together.")
     data = rest.get("data", {})
-    if data.get("tokenizer", (found := tokenizer.tokenizer_fingerprint(vq))) != found:
+    if data.get("tokenizer", (found := tokenizer.fingerprint(vq))) != found:
         raise ValueError(f"{vq_path} is tokenizer {found}, but {path} was trained with {data['tokenizer']}.")
     names = data.get("classes", [f"class {c}" for c in range(model.config.num_classes)])
     return model, vq, names, rest.get("config", {}).get("name") or path.stem

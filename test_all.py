@@ -306,7 +306,7 @@ def test_tokenizer_files_of_another_kind():
         path = Path(folder) / "x.pt"
         refuses(FileNotFoundError, "no tokenizer", tokenizer.load_tokenizer, path)
         path.write_bytes(b"no weights")
-        refuses(ValueError, "x.pt not a file of weights", tokenizer.load_tokenizer, path)
+        refuses(ValueError, "x.pt damaged or no file of weights", tokenizer.load_tokenizer, path)
         torch.save({"model": tiny_model().state_dict()}, path)
         refuses(ValueError, "a transformer expected VQ", tokenizer.load_tokenizer, path)
 
@@ -456,7 +456,7 @@ def test_checkpoints_of_both_kinds():
         torch.save({"model": {"quantize.embedding.weight": torch.zeros(1)}}, path)
         refuses(ValueError, "a VQ tokenizer", model.load_model, path)
         path.write_bytes(b"not weights")
-        refuses(ValueError, "not a readable checkpoint", model.load_model, path)
+        refuses(ValueError, "damaged or no file of weights", model.load_model, path)
         refuses(FileNotFoundError, "no checkpoint", model.load_model, Path(folder) / "y.pt")
 
 

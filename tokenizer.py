@@ -1,12 +1,10 @@
-"""Images in, tokens out, images back: the reader, the VQ tokenizer, the token cache and the pictures.
+"""Images in, tokens out: the reader, the VQ tokenizer and the token cache.
 
 ST-AR (arXiv 2509.15185) models an image as a raster sequence of VQ codes x = q(I). This file is q and what
 surrounds it: reading image sets, the ten crops that serve as views, the VQ model (LlamaGen's, arXiv
-2406.06525, and a small one in the same code), its training, the cache of codes that train.py reads, and PNG
-grids and line plots.
+2406.06525, and a small one in the same code), its training, and the cache of codes that train.py reads.
 
     python tokenizer.py train --data shapes --image-size 32 --out tokenizer.pt
-    python tokenizer.py reconstruct --data shapes --tokenizer tokenizer.pt --out reconstructions.png
     python tokenizer.py encode --data shapes --tokenizer tokenizer.pt --out cache/shapes
     torchrun --nproc-per-node 8 tokenizer.py encode --data IMAGENET --image-size 256 --crop-ratios 1.1 1.05 \
         --tokenizer vq_ds16_c2i.pt --out cache/imagenet
@@ -16,18 +14,19 @@ code size.
 """
 
 import argparse
+import fcntl
 import hashlib
 import io
 import json
 import math
 import os
-import pickle
 import sys
 import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -36,15 +35,70 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-# ---- Files -------------------------------------------------------------------------------------------------
+# ---- Processes, devices, settings, files: what all scripts share --------------------------------------------
 
 def rank_and_world() -> tuple[int, int]:
     """This process's (rank, number of processes) as torchrun tells it; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_device(name: str = "") -> torch.device:
+    """The device called `name`: cpu, cuda or cuda:N; by default cuda where there is a GPU.
+
+    Under torchrun "cuda" is the GPU number LOCAL_RANK, one for each process of a machine.
+    Raises ValueError, in one sentence, if there is no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (":" in name and not index.isdecimal()):
+        raise ValueError(f"--device {name}: write cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index and rank_and_world()[1] > 1:
+        raise ValueError(f"--device {name} would put all processes on one GPU; write cuda to give each its own.")
+    number = int(index or os.environ.get("LOCAL_RANK", 0))
+    if number >= count:
+        raise ValueError(f"--device {name} asks for GPU {number}, but this machine has {count} that torch can "
+                         "use; use cpu, or start fewer processes.")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def within(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+    """A type for argparse: an int or a float, as `kind` says, finite and in [low, high]."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high):
+            bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text} is not {noun} {' and '.join(bounds)}".rstrip())
+        return value
+    return read
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep other processes out of `folder` (made if need be); the lock ends with this process, however it ends.
+
+    Raises ValueError, in one sentence, if another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is working in {folder}; wait for it, or choose another place.") \
+                from None
+        yield
 
 
 def write_file(path: str | Path, write: Callable) -> None:
@@ -64,6 +118,37 @@ def write_file(path: str | Path, write: Callable) -> None:
             temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise OSError(f"cannot write {path} ({error}); free some space or choose another place.") from error
+
+
+def check_output(path: str | Path) -> None:
+    """Raise OSError, in one sentence, if `write_file(path, ...)` cannot work: to be called before long work."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is a folder or a device; name a file to write.")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OSError(f"cannot write {path}: {there} is no folder that you may write to.")
+
+
+def read_weights(path: str | Path) -> dict:
+    """The dictionary that torch.save wrote to `path`, on the CPU and memory-mapped; nothing in it can run code.
+
+    Raises FileNotFoundError, or ValueError if the file is damaged (any byte of it) or holds something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    try:
+        zipped = zipfile.is_zipfile(path)  # all but files from before torch 1.6
+        if zipped and (bad := zipfile.ZipFile(path).testzip()):  # torch itself does not compare checksums
+            raise ValueError(f"wrong checksum of {bad}")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in LlamaGen's training files
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # what a damaged file makes torch and zipfile raise has no end
+        raise ValueError(f"{path} is damaged or no file of weights ({type(error).__name__}); get it again, or "
+                         "write it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
+    return content
 
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -562,12 +647,8 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no tokenizer at {path}; train one: python tokenizer.py train --out {path}")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # in LlamaGen's training files
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a file of weights ({type(error).__name__}).") from None
-    state = content.get("model", content) if isinstance(content, dict) else {}
+    content = read_weights(path)
+    state = content.get("model", content)
     if "quantize.embedding.weight" not in state:
         found = "a transformer" if "tok_embeddings.weight" in state else "neither tokenizer nor transformer"
         raise ValueError(f"{path} holds {found}; expected a VQ tokenizer, such as vq_ds16_c2i.pt.")
@@ -583,11 +664,11 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
     return vq.eval().requires_grad_(False).to(device)
 
 
-def tokenizer_fingerprint(vq: VQModel) -> str:
-    """16 hex digits over the weights that decide codes and pictures."""
+def fingerprint(module: nn.Module) -> str:
+    """16 hex digits over the weights of a tokenizer or any other module."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(vq.state_dict().items()):
-        if name != "quantize.codebook_used":
+    for name, tensor in sorted(module.state_dict().items()):
+        if name != "quantize.codebook_used":  # a statistic of LlamaGen's training, no weight
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -670,6 +751,22 @@ def evaluate_tokenizer(vq: VQModel, pixels: torch.Tensor, batch: int = 100) -> d
             "perplexity": torch.exp(-(p * p.clamp_min(1e-12).log()).sum()).item()}
 
 
+def held_out_pixels(images: ImageSet, size: int, count: int, skip_corrupt: bool = False) -> torch.Tensor:
+    """Centre crops of `count` evenly spaced images, uint8 (N, S, S, 3); errors as `read_pixels`."""
+    rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+    pixels = read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)), skip_corrupt)
+    return torch.from_numpy(np.stack([p for p in pixels if p is not None]))
+
+
+def print_quality(path: str | Path, vq: VQModel, settings) -> None:
+    """One line about the tokenizer at `path` on at most 1000 held-out images; `settings` as below."""
+    images = open_images(settings.data, "val")
+    pixels = held_out_pixels(images, settings.image_size, 1000, settings.skip_corrupt)
+    quality = evaluate_tokenizer(vq, pixels)
+    print(f"{path}: PSNR {quality['psnr']:.2f} dB, {quality['usage']:.1%} of {vq.config.codebook_size} codes "
+          f"used, perplexity {quality['perplexity']:.0f} on {len(pixels)} held-out images")
+
+
 # ---- The token cache: tokens.npy uint16 (N, V, T), labels.npy int64 (N,), meta.json ------------------------
 
 CHUNK = 1000  # images per part file: what a killed encoding loses at most
@@ -686,7 +783,7 @@ class TokenCache(NamedTuple):
 def cache_meta(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...]) -> dict:
     """What a cache is made of; two caches with equal meta hold equal tokens."""
     return {"source": Path(images.source).name, "split": images.split, "images": images.fingerprint,
-            "tokenizer": tokenizer_fingerprint(vq), "image_size": size, "crop_ratios": list(ratios),
+            "tokenizer": fingerprint(vq), "image_size": size, "crop_ratios": list(ratios),
             "shape": [len(images), max(10 * len(ratios), 1), (size // vq.config.downsample) ** 2],
             "codebook_size": vq.config.codebook_size, "classes": images.classes}
 
@@ -812,122 +909,15 @@ def prepare(settings, device: torch.device, store) -> tuple[VQModel, TokenCache,
     return vq, *caches
 
 
-# ---- Images out: grids and line plots ----------------------------------------------------------------------
-
-# Okabe and Ito's palette: told apart by colour-blind readers
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
-
-
-def save_image(path: str | Path, image: Image.Image) -> None:
-    """Write `image` as PNG, through `write_file`."""
-    write_file(path, lambda file: image.save(file, "PNG"))
-
-
-def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None,
-               cell: int = 96) -> Image.Image:
-    """uint8 (N, S, S, 3) -> one picture, row by row, each image enlarged to `cell` pixels, captions below."""
-    N, gap, line = len(pixels), 4, 16 if captions else 0
-    rows = math.ceil(N / columns)
-    cell = max(cell, pixels.shape[1])
-    grid = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line + gap) + gap), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
-    for i, image in enumerate(pixels):
-        x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + line + gap)
-        grid.paste(Image.fromarray(image).resize((cell, cell), Image.LANCZOS), (x, y))
-        if captions:
-            text = captions[i]
-            while text and draw.textlength(text, font) > cell:
-                text = text[:-1]
-            draw.text((x + cell / 2, y + cell + 1), text, "black", font, anchor="ma")
-    return grid
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    step = 10 ** math.floor(math.log10((high - low) / 4))
-    step *= min((m for m in (1, 2, 2.5, 5, 10)), key=lambda m: abs((high - low) / (m * step) - 5))
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def line_plot(series: dict[str, list[tuple[float, float]]], title: str, x_label: str, y_label: str,
-              width: int = 640, height: int = 400) -> Image.Image:
-    """A plain line plot of {name: [(x, y), ...]} with a legend, drawn at twice the size; nan leaves a gap."""
-    series = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
-    xs, ys = ([point[i] for points in series.values() for point in points] or [0.0] for i in (0, 1))
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    x1, pad = max(x1, x0 + 1e-9), 0.06 * (y1 - y0) or 0.5
-    y0, y1 = y0 - pad, y1 + pad
-    image = Image.new("RGB", (2 * width, 2 * height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
-    left, right, top, bottom = 140, 2 * width - 40, 80, 2 * height - 110
-
-    def place(x, y):
-        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
-
-    for y in _ticks(y0, y1):
-        draw.line([place(x0, y), place(x1, y)], "#DDDDDD", 2)
-        draw.text((left - 12, place(x0, y)[1]), f"{y:g}", "black", font, anchor="rm")
-    for x in _ticks(x0, x1):
-        draw.text((place(x, y0)[0], bottom + 10), f"{x:g}", "black", font, anchor="ma")
-    draw.line([(left, top), (left, bottom), (right, bottom)], "black", 3)
-    for colour, (name, points) in zip(COLOURS * 4, series.items()):
-        places = [place(x, y) for x, y in points]
-        if len(places) > 1:
-            draw.line(places, colour, 5, joint="curve")
-        for x, y in places if len(places) < 30 else []:
-            draw.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
-    x = right
-    for colour, name in reversed(list(zip(COLOURS * 4, series))):
-        x -= draw.textlength(name, font) + 24
-        draw.text((x, 66), name, colour, font, anchor="ls")
-    draw.text((left, 66), title, "black", font, anchor="ls")
-    draw.text(((left + right) / 2, 2 * height - 20), x_label, "black", font, anchor="ms")
-    side = Image.new("L", (bottom - top, 40))
-    ImageDraw.Draw(side).text(((bottom - top) / 2, 20), y_label, 255, font, anchor="mm")
-    image.paste("black", (8, top), side.rotate(90, expand=True))
-    return image
-
-
-def held_out_pixels(images: ImageSet, size: int, count: int, skip_corrupt: bool = False) -> torch.Tensor:
-    """Centre crops of `count` evenly spaced images, uint8 (N, S, S, 3); errors as `read_pixels`."""
-    rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
-    pixels = read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)), skip_corrupt)
-    return torch.from_numpy(np.stack([p for p in pixels if p is not None]))
-
-
-@torch.no_grad()
-def reconstruction_grid(vq: VQModel, pixels: torch.Tensor) -> Image.Image:
-    """uint8 (N, S, S, 3) -> a picture of pairs of rows: ten originals, and below them what the codes keep."""
-    device = next(vq.parameters()).device
-    again = to_uint8(vq.decode(vq.encode(to_float(pixels.to(device))))).cpu()
-    pairs = [half for a, b in zip(pixels.split(10), again.split(10)) for half in (a, b)]
-    return image_grid(torch.cat(pairs).numpy(), min(10, len(pixels)))
-
-
-def print_quality(path: str | Path, vq: VQModel, settings) -> None:
-    """One line about the tokenizer at `path` on at most 1000 held-out images; `settings` as below."""
-    images = open_images(settings.data, "val")
-    pixels = held_out_pixels(images, settings.image_size, 1000, settings.skip_corrupt)
-    quality = evaluate_tokenizer(vq, pixels)
-    print(f"{path}: PSNR {quality['psnr']:.2f} dB, {quality['usage']:.1%} of {vq.config.codebook_size} codes "
-          f"used, perplexity {quality['perplexity']:.0f} on {len(pixels)} held-out images")
-
-
-def save_reconstructions(path: str | Path, vq: VQModel, settings) -> None:
-    """`reconstruction_grid` of twenty held-out images; `settings` has data, image_size and skip_corrupt."""
-    images = open_images(settings.data, "val")
-    pixels = held_out_pixels(images, settings.image_size, 20, settings.skip_corrupt)
-    save_image(path, reconstruction_grid(vq, pixels))
-
-
 # ---- Command line ------------------------------------------------------------------------------------------
 
 def main() -> None:
     """Parse the command line and run it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["train", "encode", "reconstruct"])
+    parser.add_argument("command", choices=["train", "encode"])
     parser.add_argument("--data", required=True, help="folder or zip of images, or: shapes")
-    parser.add_argument("--tokenizer", help="tokenizer file, ours or vq_ds16_c2i.pt (encode, reconstruct)")
-    parser.add_argument("--out", required=True, help="tokenizer file, cache folder or picture to write")
+    parser.add_argument("--tokenizer", help="tokenizer file, ours or vq_ds16_c2i.pt (encode)")
+    parser.add_argument("--out", required=True, help="tokenizer file or cache folder to write")
     parser.add_argument("--image-size", type=int, default=32, help="side of the square crops, pixels")
     parser.add_argument("--crop-ratios", type=float, nargs="*", default=[1.1],
                         help="ten crops for each of these enlargements; none: the centre crop alone")
@@ -939,8 +929,8 @@ def main() -> None:
     parser.add_argument("--skip-corrupt", action="store_true", help="leave bad images out, naming them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.command != "train" and not args.tokenizer:
-        parser.error(f"{args.command} needs --tokenizer FILE")
+    if args.command == "encode" and not args.tokenizer:
+        parser.error("encode needs --tokenizer FILE")
 
     if args.command == "train":
         config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=args.codes)
@@ -950,11 +940,8 @@ def main() -> None:
         print_quality(args.out, vq, args)
         return
     vq = load_tokenizer(args.tokenizer, args.device)
-    if args.command == "encode":
-        build_cache(args.out, open_images(args.data, args.split), vq, args.image_size,
-                    tuple(args.crop_ratios), args.skip_corrupt)
-    else:
-        save_reconstructions(args.out, vq, args)
+    build_cache(args.out, open_images(args.data, args.split), vq, args.image_size, tuple(args.crop_ratios),
+                args.skip_corrupt)
 
 
 if __name__ == "__main__":

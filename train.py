@@ -424,8 +424,8 @@ def report(run: Run, line: dict) -> None:
         lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
         curves = {title: [(line["step"], line[key]) for line in lines if key in line]
                   for key, title in (("loss_ar", "training"), ("val_nll", "held out, unmasked"))}
-        plot = tokenizer.line_plot(curves, f"{run.config.name}: next-token loss", "step", "nats per token")
-        tokenizer.save_image(folder / "loss.png", plot)
+        plot = sample.line_plot(curves, f"{run.config.name}: next-token loss", "step", "nats per token")
+        sample.save_image(folder / "loss.png", plot)
 
 
 def save(run: Run, step: int) -> None:
@@ -454,7 +454,7 @@ def open_folder(run: Run) -> None:
     metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= run.start))
     if sum(p.numel() for p in run.vq.parameters()) < 5e6:  # so that a run that is moved still samples
         tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)
-        tokenizer.save_reconstructions(folder / "reconstructions.png", run.vq, run.config)
+        sample.save_reconstructions(folder / "reconstructions.png", run.vq, run.config)
     save(run, run.start)
 
 
