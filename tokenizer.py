@@ -582,17 +582,26 @@ class VectorQuantizer(nn.Module):
         """(n, D), unit rows."""
         return F.normalize(self.embedding.weight, dim=-1)
 
+    @staticmethod
+    def nearest(z: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """For each row of z (M, D) the index of the nearest of codes (n, D), int64 (M,).
+
+        |z|^2 + |e|^2 - 2 z e, although both norms are 1: rounded as LlamaGen's, ties fall the same way.
+        """
+        norms = (codes ** 2).sum(1)
+        rows = max(2 ** 19 // len(codes), 1) if z.device.type == "cpu" else 2 ** 16  # what fits the cache
+        return torch.cat([((part ** 2).sum(1, keepdim=True) + norms - 2 * part @ codes.T).min(1).indices
+                          for part in z.split(rows)])
+
     def forward(self, z):
         """(B, D, h, w) -> quantised latents (B, D, h, w), straight-through; indices (B, T); loss.
 
         LlamaGen: loss = mean (z_q - sg z)^2 + 0.25 mean (sg z_q - z)^2, the second being the commitment.
         """
         z = F.normalize(z.movedim(1, -1), dim=-1)  # (B, h, w, D)
-        flat, codes = z.reshape(-1, z.shape[-1]), self.codebook()
-        # |z|^2 + |e|^2 - 2 z e, although both norms are 1: rounded as LlamaGen's, ties fall the same way
-        distance = (flat ** 2).sum(1, keepdim=True) + (codes ** 2).sum(1) - 2 * flat @ codes.T
-        indices = distance.argmin(1).view(z.shape[:-1])
-        z_q = codes[indices]
+        codes = self.codebook()
+        indices = self.nearest(z.detach().flatten(0, 2), codes.detach()).view(z.shape[:-1])
+        z_q = F.embedding(indices, codes)  # (B, h, w, D)
         loss = F.mse_loss(z_q, z.detach()) + 0.25 * F.mse_loss(z, z_q.detach())
         z_q = z + (z_q - z).detach()
         return z_q.movedim(-1, 1), indices.flatten(1), loss
@@ -675,40 +684,106 @@ def fingerprint(module: nn.Module) -> str:
 
 # ---- Training the tokenizer --------------------------------------------------------------------------------
 
+class Perceptual(nn.Module):
+    """What looks alike: float (B, 3, S, S) in [-1, 1] -> features of four stages and class logits (B, K).
+
+    A small VGG that first learns the images' classes and is then frozen. our choice: it stands in for LPIPS
+    (arXiv 1801.03924) in LlamaGen's recipe, whose VGG has weights that are not ours. It shares neither
+    structure nor weights with fid.py's classifier: a tokenizer must not be trained on what it is measured by.
+    """
+
+    def __init__(self, classes: int):
+        super().__init__()
+        def convolution(cin, cout, stride):
+            return [nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU()]
+        self.stages = nn.ModuleList([nn.Sequential(*convolution(3, 32, 1))])
+        for width in (64, 128, 256):
+            halve, refine = convolution(width // 2, width, 2), convolution(width, width, 1)
+            self.stages.append(nn.Sequential(*halve, *refine))
+        self.head = nn.Linear(256, classes)
+
+    def forward(self, x):
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features, self.head(x.mean((2, 3)))
+
+
+def perceptual_loss(net: Perceptual, reconstruction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """How different two images (B, 3, S, S) look to a frozen `net`, in [0, 4] (LPIPS without learned weights).
+
+    The squared distance of feature vectors of unit length, averaged over places, then over the stages.
+    """
+    with torch.no_grad():
+        targets = net(x)[0]
+    distances = [(F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean()
+                 for a, b in zip(net(reconstruction)[0], targets)]
+    return torch.stack(distances).mean()
+
+
+class Crops:
+    """Random crops and flips of at most 100,000 images, which stay in memory: on the GPU if there is one."""
+
+    def __init__(self, images: ImageSet, size: int, seed: int, device, skip_corrupt: bool):
+        self.rng, self.size, self.side = np.random.default_rng(seed), size, int(size * 1.1)
+        chosen = self.rng.permutation(len(images))[:100_000]
+        pixels = read_pixels(images, tqdm(chosen, "reading images", leave=False),
+                             lambda image: np.asarray(center_crop(image, self.side)), skip_corrupt)
+        kept = [i for i, p in enumerate(pixels) if p is not None]
+        self.pixels = torch.from_numpy(np.stack([pixels[i] for i in kept])).to(device)  # (N, side, side, 3)
+        self.labels = torch.from_numpy(images.labels[chosen[kept]]).to(device)  # (N,)
+
+    def draw(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """float (B, 3, S, S) in [-1, 1], cut at one place and flipped together, and labels (B,)."""
+        rows = torch.from_numpy(self.rng.integers(len(self.pixels), size=batch)).to(self.pixels.device)
+        (y, x), flip = self.rng.integers(self.side - self.size + 1, size=2), self.rng.integers(2)
+        crop = self.pixels[:, y:y + self.size, x:x + self.size][rows]
+        crop = to_float(crop.flip(2) if flip else crop)
+        return crop.contiguous(memory_format=torch.channels_last), self.labels[rows]
+
+
+def train_perceptual(crops: Crops, classes: int, steps: int, batch: int = 64) -> Perceptual:
+    """Teach a `Perceptual` the classes of `crops`: SGD with one cycle, cross-entropy with label smoothing."""
+    net = Perceptual(classes).to(crops.pixels.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
+    for step in (bar := tqdm(range(steps), "learning what looks alike")):
+        x, labels = crops.draw(batch)
+        loss = F.cross_entropy(net(x)[1], labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return net.eval().requires_grad_(False)
+
+
 def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["vq_ds4"], steps: int = 1000,
                     batch: int = 32, lr: float = 2e-3, seed: int = 0, device="cpu",
                     skip_corrupt: bool = False) -> VQModel:
-    """Train a tokenizer on random (size, size) crops and flips of `images`, at most 50,000 of them.
+    """Train a tokenizer on random (size, size) crops and flips of `images`, at most 100,000 of them.
 
-    Loss: mean squared error + codebook and commitment loss (LlamaGen's, without its perceptual and
-    adversarial terms). Adam, warm-up over 5 % of the steps, cosine to zero. Codes that go unused are
-    restarted on latents of the current batch during the first three quarters. Raises ValueError for a size
-    the codes do not divide.
+    Loss: mean squared error + codebook and commitment loss + `perceptual_loss`, whose net is trained first,
+    for half as many steps: LlamaGen's recipe without its adversarial part, which did not pay here. Adam, warm-up over 5 % of the steps, cosine to zero. Codes that go unused are restarted on latents of the
+    current batch during the first three quarters. Raises ValueError for a size the codes do not divide.
     """
     if size % config.downsample:
         raise ValueError(f"image size {size} is no multiple of the tokenizer's factor {config.downsample}.")
-    rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    side = int(size * 1.1)
-    chosen = rng.permutation(len(images))[:50_000]
-    pixels = read_pixels(images, tqdm(chosen, "reading images", leave=False),
-                         lambda image: np.asarray(center_crop(image, side)), skip_corrupt)
-    pixels = torch.from_numpy(np.stack([p for p in pixels if p is not None]))  # (N, side, side, 3)
-
+    crops = Crops(images, size, seed, device, skip_corrupt)
+    net = train_perceptual(crops, len(images.classes), max(steps // 2, 1))
     vq = VQModel(config).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(vq.parameters(), lr=lr, betas=(0.9, 0.95))
     used = torch.zeros(config.codebook_size, dtype=torch.bool, device=device)  # since the last restart
     bar = tqdm(range(steps), "training tokenizer")
     for step in bar:
-        rows = rng.integers(len(pixels), size=batch)
-        (y, x), flip = rng.integers(side - size + 1, size=2), rng.integers(2)
-        crop = pixels[rows, y:y + size, x:x + size]
-        x = to_float((crop.flip(2) if flip else crop).to(device))
-        x = x.contiguous(memory_format=torch.channels_last)
+        x, _ = crops.draw(batch)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.05 * steps), cosine)
         reconstruction, codes, codebook_loss = vq(x)
-        loss = F.mse_loss(reconstruction, x) + codebook_loss
+        loss = F.mse_loss(reconstruction, x) + codebook_loss + perceptual_loss(net, reconstruction, x)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
