@@ -226,7 +226,7 @@ def open_images(source: str | Path, split: str = "train") -> ImageSet:
     """
     if str(source) == "shapes":
         return _shapes(split)
-    files, read_bytes = _list_files(Path(source))
+    files, read_bytes = list_files(Path(source))
     images = [name for name in sorted(files) if name.lower().endswith(IMAGE_SUFFIXES)]
 
     def by_folder(prefix):  # <prefix><class>/... -> {image name: class folder}
@@ -260,10 +260,10 @@ def open_images(source: str | Path, split: str = "train") -> ImageSet:
     labels = np.array([number[chosen[name]] for name in names], dtype=np.int64)
     return ImageSet(str(source), split, names, labels, [words.get(folder, folder) for folder in folders],
                     digest([(name, files[name], int(label)) for name, label in zip(names, labels)]),
-                    lambda i: _decode(read_bytes(names[i]), f"{source}/{names[i]}"))
+                    lambda i: decode_image(read_bytes(names[i]), f"{source}/{names[i]}"))
 
 
-def _list_files(path: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
+def list_files(path: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
     """{posix name: size in bytes} of all files below a folder or in a zip, and a function that reads one."""
     if path.is_dir():
         sizes = {Path(folder, name).relative_to(path).as_posix(): Path(folder, name).stat().st_size
@@ -303,7 +303,7 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
