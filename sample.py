@@ -1,12 +1,13 @@
-"""Generate images from a trained model: temperature, top-k, top-p, classifier-free guidance, KV cache.
+"""Images out: generation (temperature, top-k, top-p, classifier-free guidance, KV cache), grids and plots.
 
 ST-AR (arXiv 2509.15185) does not change sampling; this is LlamaGen's (arXiv 2406.06525, generate.py), token
 for token.
 
-    python sample.py runs/tiny --classes 3 7 7 --cfg 2.0 --seed 0             # a captioned grid
-    torchrun --nproc-per-node 8 sample.py runs/tiny --num-images 50000 --npz out.npz   # for fid.py, in
-    ADM's layout python sample.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k
-    2000
+    python sample.py runs/tiny --classes 3 7 7 --cfg 2.0 --seed 0                      # a captioned grid
+    python sample.py runs/tiny-ar runs/tiny --classes 0 5 9 --cfg 2 --out side.png     # runs below each other
+    python sample.py runs/tiny --reconstruct                                           # what the codes keep
+    torchrun --nproc-per-node 8 sample.py runs/tiny --num-images 50000 --npz out.npz   # for fid.py
+    python sample.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k 2000
 
 Shapes in comments: B images, T tokens, V vocabulary, S side in pixels.
 """
@@ -14,12 +15,16 @@ Shapes in comments: B images, T tokens, V vocabulary, S side in pixels.
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -45,25 +50,65 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
     return logits
 
 
+def next_logits(model: Transformer, classes: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from the tokens known so far, (B, p), to the logits (B, V) of the next, for `classes` (B,).
+
+    To be called with p = 0, 1, 2 ...: earlier keys and values are cached, only the new position is run.
+    """
+    cache = model.new_cache(len(classes))
+    return lambda known: model(known, classes, cache=cache).logits[:, -1]
+
+
+def next_logits_as_graph(model: Transformer, classes: torch.Tensor,
+                         decode: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`next_logits` for CUDA: a step, `decode`, is recorded as a CUDA graph and replayed for each token.
+
+    decode  model.decode, compiled or not. A replay launches all its kernels at once, on the same memory: so
+            its inputs are copied into place, and the logits are those of the latest call only
+    """
+    cache = model.new_cache(len(classes))
+    first = model(classes.new_empty(len(classes), 0), classes, cache=cache).logits[:, -1]
+    token, position = torch.zeros_like(classes), torch.ones_like(classes[:1])
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # compiles; what it stores at position 1 the first replay overwrites
+        decode(token, position, cache)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = decode(token, position, cache)
+
+    def replay(known):
+        if known.shape[1] == 0:
+            return first
+        token.copy_(known[:, -1])
+        position.fill_(known.shape[1])
+        graph.replay()
+        return logits
+
+    return replay
+
+
 @torch.no_grad()
 def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg_interval: int = -1,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-             generator: torch.Generator | None = None) -> torch.Tensor:
+             generator: torch.Generator | None = None, decode: Callable | None = None) -> torch.Tensor:
     """Codes (B, T) int64 for `classes` (B,) int64, from a model in eval mode.
 
     cfg           guidance scale s: logits = u + s (c - u), u under the null class; guidance is off at s <= 1
     cfg_interval  LlamaGen: guide the first cfg_interval + 2 tokens only; -1 guides all
     temperature   divides the logits; 0 takes the likeliest token
     generator     on the model's device; the default is torch's global one
+    decode        on CUDA, a compiled `model.decode`: see `next_logits_as_graph`
     """
     B, T, guided = len(classes), model.config.num_tokens, cfg > 1
     if guided:  # the second half of the batch runs the same tokens under the null class
         classes = torch.cat([classes, torch.full_like(classes, model.config.num_classes)])
-    cache = model.new_cache(len(classes))
+    step = next_logits_as_graph(model, classes, decode) if decode else next_logits(model, classes)
     tokens = torch.empty(B, T, dtype=torch.long, device=classes.device)
     for p in range(T):
         known = tokens[:, :p]
-        logits = model(torch.cat([known, known]) if guided else known, classes, cache=cache).logits[:, -1]
+        logits = step(torch.cat([known, known]) if guided else known)
         if guided:
             conditional, unconditional = logits.chunk(2)
             inside = cfg_interval < 0 or p < cfg_interval + 2
@@ -72,7 +117,9 @@ def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg
             tokens[:, p] = logits.argmax(-1)
             continue
         probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
-        tokens[:, p] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        # torch.multinomial's own draw, without its checks, for which the host would wait at every token
+        noise = torch.empty_like(probabilities).exponential_(generator=generator)
+        tokens[:, p] = (probabilities / noise).argmax(-1)
     return tokens
 
 
