@@ -162,8 +162,9 @@ class KVCache:
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def put(self, layer: int, position: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-        """Store k and v (B, H, 1, D) at `position` (1,); returns all places, (B, H, T, D), also empty ones."""
+    def put(self, layer: int, position: torch.Tensor, k: torch.Tensor,
+            v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (B, H, 1, D) at `position` (1,); returns all T places (B, H, T, D), also empty ones."""
         self.k[layer].index_copy_(2, position, k)
         self.v[layer].index_copy_(2, position, v)
         return self.k[layer], self.v[layer]
@@ -238,8 +239,11 @@ class Transformer(nn.Module):
         return Output(self.output(self.norm(x)).float() if head else None, hidden, attention)
 
     def decode(self, tokens: torch.Tensor, position: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Logits (B, V) float32 at `position` (1,) > 0, whose input is `tokens` (B,): forward with a cache, one
-        token at a time, but no shape depends on the position. A GPU compiles and records it once for all."""
+        """Logits (B, V) float32 of `position` (1,) > 0, whose input is `tokens` (B,).
+
+        What forward computes with a cache, but no shape depends on the position: a GPU can compile and record
+        this once for all positions.
+        """
         x = self.tok_embeddings(tokens)[:, None]  # (B, 1, C)
         allowed = self.causal[position][None, None]  # (1, 1, 1, T): hides what is not yet in the cache
         for n, layer in enumerate(self.layers):
