@@ -162,6 +162,13 @@ class KVCache:
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def put(self, layer: int, position: torch.Tensor, k: torch.Tensor,
+            v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (B, H, 1, D) at `position` (1,); returns all T places (B, H, T, D), also empty ones."""
+        self.k[layer].index_copy_(2, position, k)
+        self.v[layer].index_copy_(2, position, v)
+        return self.k[layer], self.v[layer]
+
 
 class Output(NamedTuple):
     """What a forward returns; the parts that were not asked for are None or empty."""
@@ -231,11 +238,24 @@ class Transformer(nn.Module):
             cache.length = end
         return Output(self.output(self.norm(x)).float() if head else None, hidden, attention)
 
+    def decode(self, tokens: torch.Tensor, position: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits (B, V) float32 of `position` (1,) > 0, whose input is `tokens` (B,).
+
+        What forward computes with a cache, but no shape depends on the position: a GPU can compile and record
+        this once for all positions.
+        """
+        x = self.tok_embeddings(tokens)[:, None]  # (B, 1, C)
+        allowed = self.causal[position][None, None]  # (1, 1, 1, T): hides what is not yet in the cache
+        for n, layer in enumerate(self.layers):
+            past = partial(cache.put, n, position)
+            x, _ = layer(x, self.rope[position], allowed, False, past, False)
+        return self.output(self.norm(x))[:, -1].float()
+
     def new_cache(self, batch: int) -> KVCache:
-        """An empty KV cache for `batch` sequences, in the weights' dtype and on their device."""
+        """A KV cache of zeros for `batch` sequences, in the weights' dtype and on their device."""
         c = self.config
         shape = (c.n_layer, batch, c.n_head, c.num_tokens, c.head_dim)
-        return KVCache(*(self.output.weight.new_empty(shape) for _ in range(2)))
+        return KVCache(*(self.output.weight.new_zeros(shape) for _ in range(2)))
 
 
 # ---- Checkpoints: {"model": student, "ema": teacher, "config": run config, ...} ----------------------------
