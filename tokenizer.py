@@ -765,8 +765,9 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["
                     skip_corrupt: bool = False) -> VQModel:
     """Train a tokenizer on random (size, size) crops and flips of `images`, at most 100,000 of them.
 
-    Loss: mean squared error + codebook and commitment loss + `perceptual_loss`, whose net is trained first,
-    for half as many steps: LlamaGen's recipe without its adversarial part, which did not pay here. Adam, warm-up over 5 % of the steps, cosine to zero. Codes that go unused are restarted on latents of the
+    Loss: mean squared error + codebook and commitment loss + `perceptual_loss`, whose net is trained first, for
+    half as many steps: LlamaGen's recipe without its adversarial part, of which README says what it gave.
+    Adam, warm-up over 5 % of the steps, cosine to zero. Codes that go unused are restarted on latents of the
     current batch during the first three quarters. Raises ValueError for a size the codes do not divide.
     """
     if size % config.downsample:
