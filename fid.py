@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from tokenizer import (IMAGE_SUFFIXES, ImageSet, _decode, _list_files, center_crop, digest, open_images,
+from tokenizer import (IMAGE_SUFFIXES, ImageSet, center_crop, decode_image, digest, list_files, open_images,
                        read_pixels, read_weights, to_float, write_file)
 
 # ---- Image sets: what stands on either side of a comparison ------------------------------------------------
@@ -88,11 +88,11 @@ def all_images(source: str | Path) -> ImageSet:
     """Every image below a folder or in a zip, in order of name, whatever the layout; without labels."""
     if not Path(source).exists():
         raise FileNotFoundError(f"{source} does not exist; a folder, a zip or an .npz of images is needed.")
-    files, read_bytes = _list_files(Path(source))
+    files, read_bytes = list_files(Path(source))
     names = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES))
     return ImageSet(str(source), "", names, np.zeros(len(names), np.int64), [],
                     digest([(name, files[name]) for name in names]),
-                    lambda i: _decode(read_bytes(names[i]), f"{source}/{names[i]}"))
+                    lambda i: decode_image(read_bytes(names[i]), f"{source}/{names[i]}"))
 
 
 def npz_side(path: str | Path) -> Side:
