@@ -87,8 +87,8 @@ def check_runs(runs: list[Run]) -> None:
             raise ValueError(f"{first.name} has {a} tokens per image, {run.name} has {b}: probe them apart.")
         a, b = first.held_out.meta, run.held_out.meta
         if (a["images"], a["image_size"]) != (b["images"], b["image_size"]):
-            raise ValueError(f"{first.name} knows {a['source']} at {a['image_size']} px, {run.name} "
-                             f"other images, {b['source']} at {b['image_size']} px: probe them apart.")
+            raise ValueError(f"{first.name} knows {first.images.source} at {a['image_size']} px, {run.name} "
+                             f"other images, {run.images.source} at {b['image_size']} px: probe them apart.")
     if len({run.name for run in runs}) < len(runs):
         raise ValueError("two runs have the same name; rename one folder for the legends.")
 

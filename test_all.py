@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import tempfile
 import time
 import traceback
 import zipfile
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,6 +50,22 @@ def refuses(error, words, call, *args, **kwargs):
         assert "\n" not in text and all(word in text for word in words.split()), text
     else:
         raise AssertionError(f"{call.__name__} did not refuse")
+
+
+def refusal(main, *argv):
+    """The one line with which a script's `main` refuses these arguments."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            main([str(word) for word in argv])
+    except (ValueError, OSError) as error:
+        text = str(error)
+    except SystemExit:  # argparse's
+        text = said.getvalue().splitlines()[-1]
+    else:
+        raise AssertionError(f"{argv} was not refused")
+    assert text and "\n" not in text, text
+    return text
 
 
 def tiny_model(seed=0, head=True, **changes):
@@ -170,6 +188,152 @@ def test_reader_refuses_in_one_sentence():
         refuses(ValueError, "class1/00.png not a readable image", bad.read, i)
 
 
+def pack(folder, path, top="", compression=zipfile.ZIP_STORED):
+    """All files of a folder in a zip, below `top`."""
+    files = sorted(file for file in folder.rglob("*.*") if file.is_file())
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for file in files:
+            archive.write(file, top + file.relative_to(folder).as_posix())
+    return path
+
+
+def test_reader_finds_what_people_have():
+    """A folder around everything, Train/ and Val/, leftovers of other programs, empty lines; and it says what it found."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_images(root / "a" / "b" / "Train", each=3)
+        write_images(root / "a" / "b" / "Val", each=2)
+        for junk in ("Train/.ipynb_checkpoints", "Train/__MACOSX", "Train/class0/.cache"):
+            write_images(root / "a" / "b" / junk, classes=1, each=1)
+        (root / "a" / "notes.txt").write_text("one")
+        (root / "a" / "b" / "words.txt").write_text("class1\tlion, king\n\n\nno tab\n")
+        images, val = tokenizer.open_images(root), tokenizer.open_images(root, "val")
+        assert images.classes == ["class0", "lion", "class2", "class3"] and (len(images), len(val)) == (12, 8)
+        assert "12 training and 8 held-out images of 4 classes; 1 other" in images.summary, images.summary
+        zipped = tokenizer.open_images(pack(root, root / "x.zip", "top/"))
+        assert zipped.fingerprint == images.fingerprint and zipped.classes == images.classes
+
+        write_images(root / "flat", classes=3, each=1)
+        refuses(ValueError, "one image of each class add images", tokenizer.open_images, root / "flat")
+        (root / "flat" / "class0" / "a.png").symlink_to(root / "gone")
+        refuses(ValueError, "a.png broken link", tokenizer.open_images, root / "flat")
+        (root / "flat" / "class0" / "a.png").unlink()
+        os.mkfifo(root / "flat" / "class0" / "a.jpg")  # to open it would wait for ever
+        refuses(ValueError, "a.jpg no regular file", tokenizer.open_images, root / "flat")
+        (root / "flat" / "class0" / "a.jpg").unlink()
+        write_images(root / "flat", classes=3, each=2)
+        (root / "flat" / "class2" / "circle").symlink_to(root / "flat")
+        assert len(tokenizer.open_images(root / "flat")) == 3
+        (root / "flat" / "class2").rename(root / "flat" / "two\nlines")
+        refuses(ValueError, r"two\nlines cannot be printed", tokenizer.open_images, root / "flat")
+
+
+def test_subset_equals_a_pack_of_these_classes():
+    """Same names, labels and fingerprints whether classes are chosen by a list or by packing them alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for place, kept in (("all", (0, 1, 2, 3)), ("few", (1, 3))):
+            for i in kept:
+                for part, each in (("train", 4), ("val", 2)):
+                    write_images(root / place / part, classes=i + 1, each=each)
+            for other in {0, 1, 2, 3} - set(kept):
+                for file in (root / place).glob(f"*/class{other}/*"):
+                    file.unlink()
+        (root / "list.txt").write_text("class3\n\n class1 \r\nclass3\n")
+        for split in ("train", "val"):
+            a = tokenizer.open_images(pack(root / "all", root / "all.zip"), split, root / "list.txt")
+            b = tokenizer.open_images(pack(root / "few", root / "few.zip", compression=zipfile.ZIP_DEFLATED), split)
+            c = tokenizer.open_images(root / "all", split, root / "list.txt")
+            assert a.names == b.names and a.fingerprint == b.fingerprint == c.fingerprint
+            assert a.classes == ["class1", "class3"] and np.array_equal(a.labels, b.labels) and set(a.labels) == {0, 1}
+        vq = tokenizer.load_tokenizer(workshop()[1] / "vq.pt")
+        assert tokenizer.cache_meta(a, vq, 16, ()) == tokenizer.cache_meta(b, vq, 16, ())
+        assert "of 2 classes (of 4: those in" in a.summary
+        (root / "wrong.txt").write_text("class1\ndog\n")
+        (root / "empty.txt").write_text("\n")
+        for error, words, data, subset in ((ValueError, "wrong.txt 'dog' no images", "all", "wrong.txt"),
+                                           (ValueError, "empty.txt no class", "all", "empty.txt"),
+                                           (FileNotFoundError, "no file none.txt", "all", "none.txt")):
+            refuses(error, words, tokenizer.open_images, root / data, "train", root / subset)
+        refuses(ValueError, "shapes leave --subset out", tokenizer.open_images, "shapes", "train", root / "list.txt")
+        listed = (HERE / "assets" / "tiny-imagenet-20.txt").read_text().split()
+        assert len(set(listed)) == 20 and listed == sorted(listed)
+
+
+def test_a_picture_replaced_by_another_is_noticed():
+    """Also where name and size stay, in folders and zips; a copy of the folder with new times is the same set."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_images(root / "a", each=3)
+        before = tokenizer.open_images(root / "a").fingerprint
+        shutil.copytree(root / "a", root / "copy", copy_function=shutil.copyfile)
+        assert tokenizer.open_images(root / "copy").fingerprint == before
+        picture = root / "a" / tokenizer.open_images(root / "a").names[0]
+        picture.write_bytes(picture.read_bytes()[:-1] + b"!")
+        assert tokenizer.open_images(root / "a").fingerprint != before
+        assert tokenizer.open_images(pack(root / "a", root / "a.zip")).fingerprint != before
+        kept, tokenizer.LARGEST_FOLDER = tokenizer.LARGEST_FOLDER, 1  # too large to be read each time
+        try:
+            assert tokenizer.open_images(root / "a").fingerprint == tokenizer.open_images(root / "copy").fingerprint
+        finally:
+            tokenizer.LARGEST_FOLDER = kept
+
+
+def test_pictures_of_every_kind():
+    """EXIF orientation, 16-bit grey, GIF and TIFF; what could run a program or fill the memory stays closed."""
+    def decode(image, kind, **options):
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        return np.asarray(tokenizer.decode_image(file.getvalue(), "x"))
+
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8] = 255  # white on the left
+    lying = Image.Exif()
+    lying[0x0112] = 6  # to be turned by 90 degrees to the right: white on top
+    turned = decode(Image.fromarray(pixels), "JPEG", exif=lying, quality=95)
+    assert turned.shape == (16, 8, 3) and turned[:7].min() > 240 and turned[9:].max() < 15
+    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    for kind in ("PNG", "TIFF"):
+        assert np.array_equal(decode(Image.fromarray(deep), kind)[..., 0].ravel(), np.arange(256)), kind
+    for kind in ("GIF", "TIFF", "PNG", "BMP", "WEBP"):
+        assert decode(Image.fromarray(pixels), kind)[4, 2].min() > 240, kind
+    for name, data in (("empty", b""), ("bomb", b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + b"\0\1\0\0" * 2 + b"\1\0\0\0\0"),
+                       ("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")):
+        refuses(ValueError, f"{name} not a readable image", tokenizer.decode_image, data, name)
+    refuses(ValueError, "not a readable image", decode, Image.new("L", (2000, 9)), "PNG")  # a strip
+
+
+def test_zips_that_are_damaged_or_hostile():
+    """Every kind ends in a sentence that names file and entry, and --skip-corrupt leaves the entry out."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_images(root / "a", classes=2, each=6)
+        for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA):
+            whole = pack(root / "a", root / "a.zip", compression=compression).read_bytes()
+            images = tokenizer.open_images(root / "a.zip")
+            names = [info.filename for info in zipfile.ZipFile(root / "a.zip").infolist()]
+            entry = [i for i in range(len(whole)) if whole[i:i + 4] == b"PK\1\2"][names.index(images.names[0])]
+            data = zipfile.ZipFile(root / "a.zip").getinfo(images.names[0]).header_offset
+            for at, value, what in ((entry + 8, b"\1", "encrypted"), (entry + 10, b"\x63", "unknown method"),
+                                    (entry + 24, b"\0\0\0\xf0", "claims 4 GB"), (entry + 6, b"\xff", "unknown version"),
+                                    (data + 60, b"\xff\xff\xff", "data"), (data, b"XX", "header")):
+                (root / "bad.zip").write_bytes(whole[:at] + value + whole[at + len(value):])
+                try:
+                    bad = tokenizer.open_images(root / "bad.zip")
+                except ValueError as error:
+                    assert what == "unknown version" and "whole zip" in str(error)
+                    continue
+                refuses(ValueError, f"bad.zip damaged {images.names[0]}", bad.read, 0)
+                with contextlib.redirect_stderr(io.StringIO()):
+                    assert tokenizer.read_pixels(bad, [0, 1], np.asarray, True)[0] is None, what
+        with zipfile.ZipFile(root / "out.zip", "w") as archive:
+            for name in ("../up/1.png", "a/../../2.png", "/etc/3.png", "/etc/4.png"):
+                archive.write(next((root / "a").rglob("*.png")), name)
+        images = tokenizer.open_images(root / "out.zip")  # read in place: nothing is ever written
+        assert len(images) == 1 and images.classes == ["etc"] and images.read(0).size == (32, 32)
+        assert sorted(path.name for path in root.iterdir()) == ["a", "a.zip", "bad.zip", "out.zip"]
+
+
 def test_shapes_are_a_function_of_their_index():
     a, b = tokenizer.open_images("shapes"), tokenizer.open_images("shapes")
     assert len(a.classes) >= 10 and a.fingerprint == b.fingerprint
@@ -280,9 +444,106 @@ def test_cache_shards_resumes_and_refuses():
             os.environ.update(kept_environment)
         two = tokenizer.load_cache(folder / "two")
         assert np.array_equal(one.tokens, two.tokens) and np.array_equal(one.labels, two.labels)
-        assert sorted(path.name for path in (folder / "two").iterdir()) == ["labels.npy", "meta.json", "tokens.npy"]
+        assert sorted(path.name for path in (folder / "two").glob("[!.]*")) == ["labels.npy", "meta.json", "tokens.npy"]
         refuses(ValueError, "image_size 16 12", tokenizer.build_cache, folder / "two", images, vq, 12, (1.1,))
         refuses(ValueError, "18 multiple 4", tokenizer.build_cache, folder / "x", images, vq, 18, (1.1,))
+
+
+def test_cache_notices_every_change():
+    """Codes, labels, dtype, meta and parts: a damaged file is refused, a leftover is cleaned, a second encoder waits."""
+    _, root = workshop()
+    vq, images = tokenizer.load_tokenizer(root / "vq.pt"), tokenizer.open_images(root / "images", "val")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        cache = Path(folder, "cache")
+        meta = tokenizer.cache_meta(images, vq, 16, ())
+        parts = cache / f"parts-{tokenizer.digest(meta)}"
+        parts.mkdir(parents=True)
+        (parts / ".000000000.npz.99999999.tmp").write_bytes(b"of a killed process")
+        (parts / "000000000.npz").write_bytes(b"half")
+        refuses(ValueError, "000000000.npz damaged same command", tokenizer.build_cache, cache, images, vq, 16, ())
+        with tokenizer.locked(cache):
+            refuses(ValueError, "another process cache", tokenizer.build_cache, cache, images, vq, 16, ())
+        tokenizer.build_cache(cache, images, vq, 16, ())
+        assert not parts.exists() and tokenizer.load_cache(cache, meta).meta == meta
+        for name in ("tokens.npy", "labels.npy", "meta.json"):
+            whole = (cache / name).read_bytes()
+            for change in (whole[:-2], whole[:-1] + bytes([whole[-1] ^ 1]), whole[:20] + b"8" + whole[21:], b"", b"[1]"):
+                (cache / name).write_bytes(change)
+                refuses(ValueError, str(cache), tokenizer.load_cache, cache, meta)
+            (cache / name).write_bytes(whole)
+        tokens = np.load(cache / "tokens.npy")
+        for other in (tokens[::-1], tokens.astype(np.int64)):
+            np.save(cache / "tokens.npy", other)
+            refuses(ValueError, "damaged delete", tokenizer.load_cache, cache)
+
+
+def test_encoding_reads_ahead_in_bounded_pieces():
+    """The pieces change neither codes nor the batches of the encoder; a moved data folder keeps its cache."""
+    _, root = workshop()
+    vq, images = tokenizer.load_tokenizer(root / "vq.pt"), tokenizer.open_images(root / "images", "val")
+    sizes, encode, kept = [], vq.encode, (tokenizer.AT_A_TIME, tokenizer.READ_AHEAD)
+    vq.encode = lambda x: sizes.append(len(x)) or encode(x)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        folder, seen = Path(folder), []
+        tokenizer.AT_A_TIME = 12 * 16 ** 2  # 12 crops of 16 px
+        try:
+            for name, bound in (("one", kept[1]), ("two", 1)):  # all 4 images at once, 3 at a time
+                tokenizer.READ_AHEAD = bound
+                tokenizer.build_cache(folder / name, images, vq, 16, (1.1, 1.05))
+                seen.append(sizes[:])
+                sizes.clear()
+        finally:
+            tokenizer.AT_A_TIME, tokenizer.READ_AHEAD = kept
+        assert seen[0] == seen[1] == [12] * 6 + [8]  # 4 images x 20 crops
+        one, two = (tokenizer.load_cache(folder / name) for name in ("one", "two"))
+        assert np.array_equal(one.tokens, two.tokens)
+        shutil.copytree(root / "images", folder / "moved")
+        moved = tokenizer.open_images(folder / "moved", "val")
+        assert tokenizer.cache_meta(moved, vq, 16, (1.1, 1.05)) == one.meta
+    flags = torch.backends.cudnn
+    before, flags.allow_tf32 = flags.allow_tf32, True
+    vq.encode = lambda x: sizes.append(flags.allow_tf32) or encode(x)
+    tokenizer.encode_pixels(vq, torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
+    assert sizes == [False] and flags.allow_tf32 is True  # TF32 would move codes
+    flags.allow_tf32 = before
+
+
+def test_prepare_returns_what_it_settles():
+    """The caller's settings stay as they are; the caches hold all training and held-out images of the subset."""
+    _, root = workshop()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        (Path(folder) / "list.txt").write_text("class0\nclass2\n")
+        config = a_config(data=str(root / "images"), subset=f"{folder}/list.txt", tokenizer=str(root / "vq.pt"),
+                          cache=folder, name="x")
+        before, said = train.asdict(config), io.StringIO()
+        with contextlib.redirect_stdout(said):
+            found = tokenizer.prepare(config, torch.device("cpu"), torch.distributed.HashStore())
+        assert train.asdict(config) == before and (found.data, found.suffix) == (config.data, "")
+        assert found.subset == config.subset and found.train.tokens.shape == (22, 10, 16)
+        assert found.held_out.tokens.shape == (2, 1, 16) and found.train.meta["classes"] == ["class0", "class2"]
+        assert "22 training and 2 held-out images of 2 classes" in said.getvalue()
+
+
+def test_padding_and_psnr_by_hand():
+    """LlamaGen pads its strided convolutions right and below only; an error of a tenth of the range is 20 dB."""
+    down, x = tokenizer.Downsample(1), torch.arange(16.0).view(1, 1, 4, 4)
+    torch.nn.init.zeros_(down.conv.bias)
+    for row, column, expected in ((0, 0, [[0, 2], [8, 10]]), (2, 2, [[10, 0], [0, 0]])):
+        torch.nn.init.zeros_(down.conv.weight)
+        down.conv.weight.data[0, 0, row, column] = 1  # picks one pixel of each window
+        assert down(x)[0, 0].tolist() == expected
+
+    class Grey(torch.nn.Linear):
+        config = tokenizer.VQConfig(codebook_size=8)
+
+        def encode(self, x):
+            return torch.zeros(len(x), 4, dtype=torch.long)
+
+        def decode(self, codes):
+            return torch.full((len(codes), 3, 4, 4), -0.8)
+
+    quality = tokenizer.evaluate_tokenizer(Grey(1, 1), torch.zeros(5, 4, 4, 3, dtype=torch.uint8), batch=2)  # black: -1
+    assert abs(quality["psnr"] - 20) < 1e-4 and quality["usage"] == 1 / 8 and abs(quality["perplexity"] - 1) < 1e-6
 
 
 def test_corrupt_images_are_skipped_only_if_asked():
@@ -322,6 +583,55 @@ def test_write_file_keeps_the_old_on_failure():
 
         refuses(OSError, "cannot write No space left", tokenizer.write_file, path, fail)
         assert path.read_bytes() == b"old" and len(list(Path(folder).iterdir())) == 1
+
+
+def test_outputs_that_are_links_devices_or_leftovers():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "link").symlink_to(root / "there" / "x.pt")
+        for name in (".x.pt.99999999.tmp", f".x.pt.{os.getppid()}.tmp", "x.pt.9.tmp"):
+            (root / "there").mkdir(exist_ok=True)
+            (root / "there" / name).write_bytes(b"")
+        tokenizer.write_file(root / "link", lambda file: file.write(b"new"))
+        assert (root / "link").is_symlink() and (root / "there" / "x.pt").read_bytes() == b"new"
+        left = sorted(path.name for path in (root / "there").iterdir())  # only what a dead process left is gone
+        assert left == [f".x.pt.{os.getppid()}.tmp", "x.pt", "x.pt.9.tmp"]
+        os.mkfifo(root / "pipe")
+        for path in (root, root / "pipe", "/dev/null", root / "there" / "x.pt" / "y"):
+            refuses(OSError, "", tokenizer.check_output, path)
+            refuses(OSError, "", tokenizer.write_file, path, lambda file: file.write(b"new"))
+        assert (root / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+
+
+def test_tokenizer_command_line():
+    """Every mistake is one sentence, before the work; good commands say what they found and made."""
+    _, root = workshop()
+    train, encode = (["train", "--data", root / "images"], ["encode", "--data", root / "images", "--tokenizer", root / "vq.pt"])
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        small = ["--image-size", 16, "--out", out]
+        for flag, values in {"--image-size": (0, -4, 10 ** 30, "x", "nan", 2.5), "--steps": (0, -1, "1e400", ""),
+                             "--batch": (0, -8), "--codes": (1, -1, 10 ** 6), "--seed": (-1, 10 ** 400)}.items():
+            for value in values:
+                assert flag in refusal(tokenizer.main, *train, "--out", out, flag, value), (flag, value)
+        for flag, value, word in (("--crop-ratios", 0.5, "1"), ("--crop-ratios", "nan", "1"), ("--crop-ratios", "inf", "1"),
+                                  ("--split", "test", "test"), ("--tokenizer", out, "no tokenizer"),
+                                  ("--tokenizer", root / "images", "no tokenizer"), ("--image-size", 18, "no multiple"),
+                                  ("--device", "banana", "cpu, cuda"), ("--device", "cpu:0", "cpu, cuda"),
+                                  ("--device", "mps", "cpu, cuda"), ("--device", "cuda:99", "99"),
+                                  ("--steps", 5, "--steps"), ("--data", out, "does not exist"), ("--data", "/dev/null", ""),
+                                  ("--subset", out, "no file"), ("--out", root / "vq.pt", "vq.pt")):
+            assert word in refusal(tokenizer.main, *encode, *small, flag, value), (flag, value)
+        for flag, value, word in (("--out", folder, "folder"), ("--out", "/dev/null", "device"), ("--split", "val", "--split"),
+                                  ("--out", root / "vq.pt" / "x", "no folder")):
+            assert word in refusal(tokenizer.main, *train, *small, flag, value), (flag, value)
+        assert "command" in refusal(tokenizer.main) and not out.exists()
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+            tokenizer.main([*map(str, (*encode, *small))])
+            tokenizer.main([*map(str, (*train, *small[:2], "--steps", 2, "--batch", 2, "--out", Path(folder, "new.pt")))])
+        for words in ("44 training and 4 held-out images of 4 classes", "44 images x 10 views x 16 codes", "new.pt: PSNR"):
+            assert words in said.getvalue()
 
 
 # ---- model.py ----------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class Config:
     name: str = ""  # run folder below runs/; default: the preset, with the losses if not all are on
     # data
     data: str = ""  # folder or zip of images, or: shapes; default: Tiny ImageNet, downloaded to data/
+    subset: str = ""  # file that lists the class folders to keep, one per line; default: all
     tokenizer: str = ""  # tokenizer file; default: train one for these images
     tokenizer_steps: int = 20000  # training steps of that tokenizer
     codes: int = 1024  # codebook size of that tokenizer
@@ -331,7 +332,10 @@ def set_up(config: Config, given: dict, resume: bool) -> Run:
     rank, world, device, store = meet(config.device)
     config, checkpoint = read_run(config, given, resume)
     check_config(config, world)
-    vq, cache, held_out = tokenizer.prepare(config, device, store)
+    found = tokenizer.prepare(config, device, store)
+    vq, cache, held_out = found.vq, found.train, found.held_out
+    config = replace(config, data=found.data, subset=found.subset, tokenizer=found.tokenizer,
+                     name=config.name + found.suffix)
     read_run(config, given, resume)  # again, as prepare may have renamed the run
     images = int((cache.labels >= 0).sum())
     if images < config.batch:
