@@ -1284,7 +1284,7 @@ def test_fid_refuses_before_any_work():
             ("square", ["--real", images, "--fake", six]),
             ("different sizes", ["--real", images, "--fake", eight, six]),
             ("different sizes --image-size", ["--real", images, "--fake", eight, "--image-size", 16]),
-            ("alone 0 val", ["--real", root / "alone", "--fake", eight, *classifier]),
+            ("alone", ["--real", root / "alone", "--fake", eight, *classifier]),
             ("does not exist", ["--real", root / "absent", "--fake", eight]),
             ("does not exist", ["--real", images, "--fake", root / "absent"]),
             ("overwritten", ["--real", images, "--fake", eight, "--json", eight]),
