@@ -1066,7 +1066,7 @@ def main(argv: list[str] | None = None) -> None:
         model, features = load_classifier(sets["train"], sets["val"], opened.size, args.classifier_steps,
                                           args.cache, device)
         extract, suffix, dims = classifier_extractor(model, device), "-c", 256
-        notes = ["-c and class agreement are of this classifier: compare them with each other, never with FID"]
+        notes = ["-c and class agreement are this classifier's: compare them with each other, never with FID"]
         notes += [f"{side.name} has no labels (arr_1), hence no class agreement"
                   for side in fakes if side.labels is None]
     if opened.vq:

@@ -1182,11 +1182,10 @@ def test_fid_bad_files():
 def test_fid_classifier():
     """Twice the same; every size works; the cache knows the pixels; the global generator is untouched."""
     with torch.no_grad():
-        for size in range(8, 257, 4):
-            assert fid.ResidualBlock(2, 3)(torch.zeros(2, 2, size, size)).shape[-1] == size // 2
-            places = fid.Classifier(2, size).stem(torch.zeros(1, 3, size, size)).shape[-1]
-            fid.ResidualBlock(1, 1)(torch.zeros(2, 1, places, places))
-        assert fid.Classifier(5, 36).eval()(torch.zeros(1, 3, 36, 36))[1].shape == (1, 5)
+        for side in range(1, 10):
+            assert fid.ResidualBlock(2, 3)(torch.zeros(2, 2, side, side)).shape[-1] == (side + 1) // 2
+        for size in (8, 28, 36, 100, 250):
+            assert fid.Classifier(5, size).eval()(torch.zeros(1, 3, size, size))[1].shape == (1, 5)
     rng = np.random.default_rng(4)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         real, cache = Path(folder, "real"), Path(folder, "cache")
@@ -1202,8 +1201,8 @@ def test_fid_classifier():
         before, (train, val) = torch.get_rng_state(), sets()
         a, b = (fid.train_classifier(train, 16, 2, batch=8) for _ in range(2))
         assert same(a.state_dict(), b.state_dict()) and torch.equal(before, torch.get_rng_state())
-        model, line = fid.load_classifier(train, val, 16, 20, cache)
-        again, line_again = fid.load_classifier(*sets(), 16, 20, cache)
+        model, line = fid.load_classifier(train, val, 16, 12, cache)
+        again, line_again = fid.load_classifier(*sets(), 16, 12, cache)
         assert line == line_again and "held-out" in line and len(list(cache.iterdir())) == 1
         assert same(model.state_dict(), again.state_dict())
         got = fid.feature_statistics(fid.image_side(val), fid.classifier_extractor(again), 5)
@@ -1212,7 +1211,7 @@ def test_fid_classifier():
         assert list(row) == ["FD-c", "IS-c", "precision-c", "recall-c", "class agreement"]
         assert abs(row["FD-c"]) < 1e-6 and row["IS-c"] == got.score
         next(cache.iterdir()).write_bytes(b"cut")
-        refuses(ValueError, "damaged", fid.load_classifier, train, val, 16, 20, cache)
+        refuses(ValueError, "damaged", fid.load_classifier, train, val, 16, 12, cache)
         (real / "red" / "0.bmp").write_bytes((real / "green" / "0.bmp").read_bytes())
         changed = [some.fingerprint for some in sets()]
         assert changed != [train.fingerprint, val.fingerprint]  # a picture replaced by another of its length
