@@ -114,17 +114,14 @@ def evenly_spaced(images: ImageSet, count: int) -> ImageSet:
     return pick(images, np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
 
 
-def in_memory(images: ImageSet, size: int | None = None, vq: VQModel | None = None) -> ImageSet:
+def in_memory(images: ImageSet, size: int, vq: VQModel | None = None) -> ImageSet:
     """The (size, size) centre crops of `images`, read once and kept: 3 size^2 bytes each.
 
     Their fingerprint is that of the pixels, labels and classes: it notices a picture replaced by another of
     the same name. With a tokenizer `vq` each is encoded and decoded, and the fingerprint is also the
-    tokenizer's. By default `size` is the shorter side of the first image.
-    Raises ValueError if they do not fit into memory or `size` does not fit the codes.
+    tokenizer's. Raises ValueError if they do not fit into memory or one cannot be read.
     """
-    N, size = len(images), size or min(images.read(0).size)
-    if vq and size % vq.config.downsample:
-        raise ValueError(f"image size {size} is no multiple of this tokenizer's {vq.config.downsample}.")
+    N = len(images)
     try:
         pixels = np.empty((N, size, size, 3), np.uint8)
     except MemoryError:
@@ -148,10 +145,13 @@ def in_memory(images: ImageSet, size: int | None = None, vq: VQModel | None = No
 @torch.no_grad()
 def reconstruct(vq: VQModel, pixels: np.ndarray) -> np.ndarray:
     """uint8 (B, S, S, 3) -> what their codes keep of them, of the same shape; a megapixel at a time."""
-    device, S = next(vq.parameters()).device, pixels.shape[1]
-    parts = torch.from_numpy(pixels).split(max(2 ** 20 // S ** 2, 1))
-    return np.concatenate([to_uint8(vq.decode(vq.encode(to_float(part.to(device))))).cpu().numpy()
-                           for part in parts])
+    device = next(vq.parameters()).device
+    decoded = []
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # ten bits would change the codes
+        for part in torch.from_numpy(pixels).split(max(2 ** 20 // pixels.shape[1] ** 2, 1)):
+            codes = vq.encode(to_float(part.to(device)))
+            decoded.append(to_uint8(vq.decode(codes)).cpu().numpy())
+    return np.concatenate(decoded)
 
 
 # ---- Sides: what is compared, a stream of images or statistics ---------------------------------------------
@@ -208,10 +208,11 @@ def npz_side(path: str | Path) -> Side:
     header = None
     with _damage_told(path):
         with zipfile.ZipFile(path) as archive:
-            if bad := archive.testzip():
-                raise ValueError(f"wrong checksum of {bad}")
+            if archive.testzip():
+                raise ValueError("wrong checksum")
             if "arr_0.npy" in archive.namelist():
-                header, _ = _read_header(archive.open("arr_0.npy"))
+                with archive.open("arr_0.npy") as file:
+                    header = _read_header(file)
         with np.load(path) as file:
             small = {key: file[key] for key in NPZ_KEYS if key in file.files}
     try:
@@ -230,16 +231,17 @@ def npz_side(path: str | Path) -> Side:
         count = protocol.get("images")
         return replace(side, count=count if isinstance(count, int) else None)
 
-    (N, *shape), dtype = header
-    if dtype != np.uint8 or len(shape) != 3 or shape[-1] != 3 or N < MIN_IMAGES:
-        raise ValueError(f"{path} holds {dtype} images of shape {(N, *shape)}; uint8 (N, H, W, 3) with N at "
-                         f"least {MIN_IMAGES} is needed.")
-    labels = small.get("arr_1")
+    shape, fortran, dtype = header
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or shape[0] < MIN_IMAGES or fortran:
+        order = "Fortran" if fortran else "C"
+        raise ValueError(f"{path} holds {dtype} images of shape {shape} in {order} order; uint8 (N, H, W, 3) "
+                         f"in C order with N at least {MIN_IMAGES} is needed.")
+    N, labels = shape[0], small.get("arr_1")
     if labels is not None and (labels.shape != (N,) or labels.dtype.kind not in "iu"):
         raise ValueError(f"{path} has {N} images but labels (arr_1) of shape {labels.shape} and type "
                          f"{labels.dtype}; whole numbers of shape ({N},) are needed.")
     classes = small["classes"].astype(str).ravel().tolist() if "classes" in small else None
-    return replace(side, count=N, size=tuple(shape[:2]), batches=lambda batch: _npz_batches(path, batch),
+    return replace(side, count=N, size=shape[1:3], batches=lambda batch: _npz_batches(path, batch),
                    labels=labels, classes=classes)
 
 
@@ -252,22 +254,19 @@ def _damage_told(path):
                          "again.") from None
 
 
-def _read_header(file) -> tuple[tuple[tuple[int, ...], np.dtype], int]:
-    """((shape, dtype), bytes of one row) of the .npy that `file` stands at; leaves it at the first row."""
+def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type of the .npy in `file`, which is left at the first element."""
     versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = versions[np.lib.format.read_magic(file)](file)
-    if fortran and len(shape) > 1:
-        raise ValueError("not in C order")
-    return (shape, dtype), dtype.itemsize * int(np.prod(shape[1:]))
+    return versions[np.lib.format.read_magic(file)](file)
 
 
 def _npz_batches(path, batch: int) -> Iterator[np.ndarray]:
     with _damage_told(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        ((N, *shape), _), row = _read_header(file)
+        (N, H, W, _), *_ = _read_header(file)
         for start in range(0, N, batch):
             count = min(batch, N - start)
-            data = bytearray(file.read(count * row))  # torch warns of bytes, which it must not write to
-            yield np.frombuffer(data, np.uint8).reshape(count, *shape)
+            data = bytearray(file.read(count * H * W * 3))  # torch warns of bytes: it may not write them
+            yield np.frombuffer(data, np.uint8).reshape(count, H, W, 3)
 
 
 def _checked_statistics(path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -887,7 +886,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def find_npz(name: str) -> str:
     """`name`, or name.npz if only that exists."""
-    return f"{name}.npz" if not Path(name).exists() and Path(f"{name}.npz").is_file() else name
+    if name in ("shapes", *REAL_ROWS) or Path(name).exists() or not Path(f"{name}.npz").is_file():
+        return name
+    return f"{name}.npz"
 
 
 def check_flags(args: argparse.Namespace, given: set[str]) -> None:
@@ -928,7 +929,7 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
 
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise ValueError(f"--save-stats {args.save_stats}: call it {args.save_stats}.npz, as --real wants.")
-    inputs = {Path(name).resolve() for name in (args.real, *args.fake, args.weights or args.real)}
+    inputs = {Path(name).resolve() for name in (args.real, *args.fake, args.weights, args.vq) if name}
     for path in (args.save_stats, args.json):
         if path and Path(path).resolve() in inputs:
             raise ValueError(f"{path} is an input and would be overwritten; choose another name.")
@@ -1065,7 +1066,7 @@ def main(argv: list[str] | None = None) -> None:
         model, features = load_classifier(sets["train"], sets["val"], opened.size, args.classifier_steps,
                                           args.cache, device)
         extract, suffix, dims = classifier_extractor(model, device), "-c", 256
-        notes = ["FD-c and the other -c, class agreement: compare only with each other, never with FID"]
+        notes = ["-c and class agreement are this classifier's: compare them with each other, never with FID"]
         notes += [f"{side.name} has no labels (arr_1), hence no class agreement"
                   for side in fakes if side.labels is None]
     if opened.vq:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 import zlib
 from functools import lru_cache
@@ -1229,17 +1230,16 @@ def test_probe_script():
 
 # ---- fid.py ------------------------------------------------------------------------------------------------
 
-def _raises(error, call, *args, **kwargs):
-    try:
-        call(*args, **kwargs)
-    except error as caught:
-        assert "\n" not in str(caught)
-        return str(caught)
-    raise AssertionError(f"{call.__name__} did not refuse")
-
-
-def _statistics(x):
+def gaussian(x):
     return x.mean(0), np.cov(x, rowvar=False)
+
+
+def score(*arguments):
+    """What fid.py prints in the workshop, its progress bars swallowed."""
+    root, out = workshop()[1], io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        fid.main([*map(str, arguments), "--cache", f"{root}/cache", "--device", "cpu"])
+    return out.getvalue()
 
 
 def test_fid_frechet_closed_forms():
@@ -1252,7 +1252,7 @@ def test_fid_frechet_closed_forms():
     assert abs(got - closed) < 1e-6, (got, closed)
     for n in (30, 41, 400):  # fewer samples than features, as many, more
         x, y = rng.standard_normal((n, 40)) * a, rng.standard_normal((n + 5, 40)) @ Q * b + 0.3
-        (mu1, s1), (mu2, s2) = _statistics(x), _statistics(y)
+        (mu1, s1), (mu2, s2) = gaussian(x), gaussian(y)
         ridge = 1e-12 * np.eye(40)
         root = scipy.linalg.sqrtm((s1 + ridge) @ (s2 + ridge)).real
         oracle = np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * root)
@@ -1260,8 +1260,8 @@ def test_fid_frechet_closed_forms():
         assert abs(got - oracle) < 1e-4 * oracle, (n, got, oracle)
         assert abs(fid.frechet_distance(mu1, s1, mu1, s1)) < 1e-6
         assert abs(fid.frechet_distance(mu2, s2, mu1, s1) - got) < 1e-8
-    _raises(ValueError, fid.frechet_distance, mu1, s1, mu2[1:], s2[1:, 1:])
-    _raises(ValueError, fid.frechet_distance, mu1, s1 - 9 * np.eye(40), mu2, s2)
+    refuses(ValueError, "40 39 features", fid.frechet_distance, mu1, s1, mu2[1:], s2[1:, 1:])
+    refuses(ValueError, "negative eigenvalues", fid.frechet_distance, mu1, s1 - 9 * np.eye(40), mu2, s2)
 
 
 def test_fid_moments_and_inception_score():
@@ -1271,7 +1271,7 @@ def test_fid_moments_and_inception_score():
         moments = fid.Moments()
         for part in torch.from_numpy(x).split(batch):
             moments.add(part)
-        for got, oracle in zip(moments.result(), _statistics(x)):
+        for got, oracle in zip(moments.result(), gaussian(x)):
             assert np.allclose(got, oracle, rtol=1e-9, atol=1e-9)
     assert abs(fid.inception_score(np.eye(4)) - 4) < 1e-12  # certain and diverse: the number of classes
     assert abs(fid.inception_score(np.full((6, 4), 0.25)) - 1) < 1e-12
@@ -1298,7 +1298,7 @@ def test_fid_precision_recall_brute_force():
             assert np.allclose(fid.precision_recall(real, fake, k, block), brute(real, fake, k)), (k, block)
     x = rng.standard_normal((20, 600)).astype(np.float32).repeat(5, 0)  # each image five times: radii of zero
     assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 100) == (0, 0)
-    _raises(ValueError, fid.precision_recall, x[:3], x)
+    refuses(ValueError, "more than 3 images", fid.precision_recall, x[:3], x)
 
 
 def test_fid_resize_adm():
@@ -1318,41 +1318,78 @@ def test_fid_resize_adm():
         assert got.shape == (2, 3, size, size) and (got[1, 2].numpy() == out).all()
 
 
-def _random_inception(path, counters=True):
-    torch.manual_seed(0)
-    state = {name: value for name, value in fid.InceptionV3().state_dict().items()
-             if counters or not name.endswith("num_batches_tracked")}
-    torch.save(state, path)
+@lru_cache(maxsize=1)
+def inception_weights():
+    """Weights drawn from bytes, which every numpy draws alike; variances near .01 make epsilon count."""
+    draw, state = np.random.RandomState(0), {}
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in sorted(fid.InceptionV3().state_dict().items())}
+    for name, shape in shapes.items():
+        if name.endswith("num_batches_tracked"):  # as in files from before torch 0.4.1
+            continue
+        x = torch.frombuffer(bytearray(draw.bytes(math.prod(shape))), dtype=torch.uint8).view(shape) / 255
+        if name.endswith("running_var"):
+            x = 0.01 * (0.5 + x)
+        elif name.endswith("running_mean"):
+            x = 0.02 * (x - 0.5)
+        elif name.endswith("bn.weight"):
+            x = 0.5 + x
+        elif len(shape) > 1:
+            x = (x - 0.5) / 2 / math.sqrt(math.prod(shape[1:]))
+        else:
+            x = x - 0.5
+        state[name] = x
     return state
 
 
-def test_fid_inception_weights():
-    """The published layout is loaded strictly, with and without counters; wrong and truncated files are named."""
+# mean and deviation of pool3, its mean over Mixed_7c's pooled branch, the mean of the spatial features, the
+# largest probability: of the image below, computed once with pytorch-fid's network on the same weights
+PYTORCH_FID = {"adm": [2.279501, 3.242745, 2.948242, 1.953332, 0.004958],
+               "pytorch-fid": [2.280985, 3.244854, 2.949859, 1.954922, 0.004963]}
+
+
+def test_fid_inception_is_pytorch_fids():
+    """Golden numbers: see padding in the averages, no max pool in Mixed_7c, another epsilon or range."""
+    noise = np.frombuffer(np.random.RandomState(1).bytes(299 * 299 * 3), np.uint8).reshape(1, 299, 299, 3)
+    pixels = noise // 4 + np.linspace(0, 190, 299).astype(np.uint8)[:, None, None]  # 299 px: not resized
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "weights.pth")
-        state = _random_inception(path, counters=False)
-        assert len(state) == 472 and len(fid.InceptionV3().state_dict()) == 566
-        layout = tokenizer.digest([[name, list(v.shape)] for name, v in sorted(fid.InceptionV3().state_dict().items())])
+        torch.save(inception_weights(), f"{folder}/weights.pth")
+        network, _ = fid.load_inception(f"{folder}/weights.pth", folder)
+    for resize, golden in PYTORCH_FID.items():
+        found = fid.inception_extractor(network, resize)(pixels)
+        got = [found.pool.mean(), found.pool.std(), found.pool[:, -192:].mean(), found.spatial.mean(),
+               found.probabilities.max()]
+        assert np.allclose(got, golden, rtol=1e-4, atol=0), (resize, got)
+
+
+def test_fid_inception_weights():
+    """The published layout is loaded strictly, with and without counters; other files are named."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, state = Path(folder, "weights.pth"), inception_weights()
+        torch.save(state, path)
+        network, _ = fid.load_inception(path, folder)
+        whole = network.state_dict()
+        assert len(state) == 472 and len(whole) == 566
+        layout = tokenizer.digest([[name, list(value.shape)] for name, value in sorted(whole.items())])
         assert layout == "98efe1f44183bf67"  # names and shapes of pytorch-fid's fid_inception_v3()
-        model, line = fid.load_inception(path, folder, "adm", "cpu")
-        assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items()) 
+        assert all(torch.equal(whole[name], value) for name, value in state.items())
         pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-        extract = fid.inception_extractor(model)
+        extract = fid.inception_extractor(network)
         f, alone = extract(pixels), extract(pixels[:1])
-        assert f.pool.shape == (3, 2048) and f.spatial.shape == (3, 2023) and f.probabilities.shape == (3, 1008)
-        assert torch.allclose(f.pool[:1], alone.pool, rtol=1e-4, atol=1e-6)  # an image does not see its neighbours
-        model.fc.bias.copy_(torch.randn(1008))
+        assert f.pool.shape == (3, 2048) and f.spatial.shape == (3, 2023)
+        assert f.probabilities.shape == (3, 1008)
+        assert torch.allclose(f.pool[:1], alone.pool, rtol=1e-4, atol=1e-5)  # nobody sees the neighbours
+        network.fc.bias.copy_(torch.randn(1008))
         assert torch.equal(extract(pixels).probabilities, f.probabilities)  # guards IS against the bias
-        whole = path.read_bytes()
-        path.write_bytes(whole[:1000])
-        _raises(ValueError, fid.load_inception, path, folder, "adm", "cpu")
+        path.write_bytes(path.read_bytes()[:1000])
+        refuses(ValueError, "weights.pth damaged", fid.load_inception, path, folder)
         torch.save({name: value for name, value in state.items() if name != "fc.weight"}, path)
-        _raises(ValueError, fid.load_inception, path, folder, "adm", "cpu")
+        refuses(ValueError, "not FID's fc.weight", fid.load_inception, path, folder)
         torch.save(state | {"fc.weight": state["fc.weight"][:1000]}, path)
-        _raises(ValueError, fid.load_inception, path, folder, "adm", "cpu")
+        refuses(ValueError, "not FID's fc.weight", fid.load_inception, path, folder)
 
 
-def _extract_means(pixels):
+def mean_features(pixels):
     """A cheap extractor: 6 features, probabilities of 3 classes."""
     x = torch.from_numpy(pixels).double()
     pool = torch.cat([x.mean((1, 2)), x.std((1, 2))], 1)
@@ -1362,88 +1399,211 @@ def _extract_means(pixels):
 def test_fid_sides_and_statistics():
     """npz and flat folder give the same pixels; no number depends on the batch; statistics are reusable."""
     pixels = np.random.default_rng(3).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("error")  # no "NumPy array is not writable"
         flat, npz = Path(folder, "flat"), f"{folder}/images.npz"
         flat.mkdir()
         for i, image in enumerate(pixels):
             Image.fromarray(image).save(flat / f"{i:02d}.png")
-        np.savez(npz, arr_0=pixels, arr_1=np.arange(11) % 3, protocol=json.dumps({"cfg": 1.5, "weights": "ema"}))
+        protocol = json.dumps({"cfg": 1.5, "weights": "ema"})
+        labels, classes = np.arange(11) % 3, ["a", "b", "c"]
+        np.savez_compressed(npz, arr_0=pixels, arr_1=labels, protocol=protocol, classes=classes)
         sides = [fid.npz_side(npz), fid.image_side(fid.all_images(flat))]
         for side in sides:
             assert side.count == 11 and side.size == (8, 8)
             assert all((np.concatenate(list(side.batches(batch))) == pixels).all() for batch in (1, 4, 50))
-        assert sides[0].protocol["cfg"] == 1.5 and sides[1].labels is None
-        a, b = (fid.feature_statistics(sides[0], _extract_means, batch) for batch in (1, 5))
+        assert sides[0].protocol["cfg"] == 1.5 and sides[0].classes == classes and sides[1].labels is None
+        a, b = (fid.feature_statistics(sides[0], mean_features, batch) for batch in (1, 5))
         for name in ("mu", "sigma", "mu_s", "sigma_s"):
             assert np.allclose(a.moments[name], b.moments[name], rtol=1e-6)
         assert abs(a.score / b.score - 1) < 1e-6 and a.agreement == b.agreement
         row = fid.compare(a, b)
         assert max(abs(row["FID"]), abs(row["sFID"])) < 1e-6 and row["precision"] == row["recall"] == 1
-        assert len(fid.feature_statistics(sides[0], _extract_means, 4, keep=5).features) == 5
+        assert len(fid.feature_statistics(sides[0], mean_features, 4, keep=5).features) == 5
         np.savez(npz, **a.moments)  # statistics alone
-        again = fid.feature_statistics(fid.npz_side(npz), _extract_means)
-        row = fid.compare(again, b)
+        again = fid.npz_side(npz)
+        row = fid.compare(fid.feature_statistics(again, mean_features), b)
         assert abs(row["FID"]) < 1e-6 and row["precision"] is None
-        _raises(ValueError, fid.check_statistics, fid.npz_side(npz), "features: InceptionV3, resize pytorch-fid")
-        lines = fid.protocol_lines(sides[0], sides[:1], "features: x") + fid.warning_lines(sides[0], sides[:1], 2048)
-        told = "\n".join(lines)
+        refuses(ValueError, "images.npz pytorch-fid", fid.check_statistics, again, "resize pytorch-fid")
+        refuses(ValueError, "6 features 2048", fid.check_statistics, again, "resize adm")
+        told = "\n".join(fid.protocol_lines(sides[0], sides[:1], "features: x")
+                         + fid.warning_lines(sides[0], sides[:1], 2048))
         for word in ("cfg 1.5", "weights ema", sides[0].fingerprint, "11 images", "rank-deficient", "50,000"):
             assert word in told, word
 
 
-def test_fid_bad_input():
-    """Each mistake ends in one sentence (a ValueError or OSError whose text says what)."""
-    with tempfile.TemporaryDirectory() as folder:
-        def npz(**arrays):
-            np.savez(f"{folder}/x.npz", **arrays)
-            return f"{folder}/x.npz"
+def test_fid_mixes_folders_for_the_inception_score():
+    """In the order of its folders a set's splits would hold few classes: 3 classes in 12 splits of one."""
+    colours = np.eye(3, dtype=np.uint8).repeat(20, 0) * 90  # 60 plain images, class after class
+    labels = np.arange(60) // 20
+    read = [Image.new("RGB", (8, 8), tuple(map(int, colour))) for colour in colours]
+    names = [f"{i:02d}" for i in range(60)]
+    images = tokenizer.ImageSet("x", "", names, labels, ["red", "green", "blue"], "", read.__getitem__)
+    again = fid.mixed(images)
+    assert sorted(again.names) == images.names and same(again.names, fid.mixed(images).names)
+    assert all(again.read(i) is read[int(name)] and again.labels[i] == int(name) // 20
+               for i, name in enumerate(again.names))
+    before, fid.SPLIT = fid.SPLIT, 20
+    try:
+        ordered, shuffled = (fid.feature_statistics(fid.image_side(some), mean_features).score
+                             for some in (images, again))
+    finally:
+        fid.SPLIT = before
+    assert abs(ordered - 1) < 1e-6 and shuffled > 2.5
 
-        good = np.zeros((4, 8, 8, 3), np.uint8)
-        for arrays in (dict(images=good), dict(arr_0=good.astype(np.float32)), dict(arr_0=good[:1]),
-                       dict(arr_0=good[..., :1]), dict(arr_0=good, arr_1=np.zeros(3)), dict(mu=np.zeros(3)),
-                       dict(arr_0=good, protocol="not json")):
-            _raises(ValueError, fid.npz_side, npz(**arrays))
-        path = Path(npz(arr_0=good))
-        path.write_bytes(path.read_bytes()[:300])
-        _raises(ValueError, fid.npz_side, path)
-        _raises(FileNotFoundError, fid.npz_side, f"{folder}/none.npz")
-        _raises(FileNotFoundError, fid.all_images, f"{folder}/none")
-        _raises(ValueError, fid.load_classifier, npz(arr_0=good), 8, 1, folder)
-        mixed = Path(folder, "mixed")
-        mixed.mkdir()
-        for i, side in enumerate((8, 8, 9)):
-            Image.new("RGB", (side, side)).save(mixed / f"{i}.png")
-        _raises(ValueError, lambda: list(fid.image_side(fid.all_images(mixed)).batches(2)))
-        _raises(ValueError, fid.open_sides, npz(arr_0=good), [str(mixed), "held-out"], "train", None)
-        np.savez(f"{folder}/y.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
-        _raises(ValueError, fid.open_sides, npz(arr_0=good), [f"{folder}/y.npz"], "train", None)
+
+def test_fid_bad_files():
+    """Each ends in one sentence that names the file, before any work."""
+    good = np.zeros((4, 8, 8, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.npz")
+        nan = np.full((3, 3), np.nan)
+        for words, arrays in (
+                ("neither", dict(images=good)),
+                ("float32", dict(arr_0=good.astype(np.float32))),
+                ("(3, 8, 8, 3)", dict(arr_0=good[:3])),
+                ("(4, 8, 8, 1)", dict(arr_0=good[..., :1])),
+                ("labels (3,)", dict(arr_0=good, arr_1=np.zeros(3, int))),
+                ("labels float64", dict(arr_0=good, arr_1=np.zeros(4))),
+                ("sigma (0,)", dict(mu=np.zeros(3))),
+                ("sigma (2, 2)", dict(mu=np.zeros(3), sigma=np.eye(2))),
+                ("mu finite", dict(mu=np.zeros(3), sigma=nan)),
+                ("mu finite", dict(mu=np.zeros(3), sigma=np.eye(3) * 1j)),
+                ("mu_s sigma_s", dict(arr_0=good, mu_s=np.zeros(3))),
+                ("JSON", dict(arr_0=good, protocol="not json")),
+                ("damaged", dict(arr_0=good, classes=np.array([None, 1])))):  # a pickle: could run code
+            np.savez(path, **arrays)
+            refuses(ValueError, f"x.npz {words}", fid.npz_side, path)
+        np.savez(path, arr_0=good, arr_1=np.arange(4))
+        whole = path.read_bytes()
+        for damaged in (whole[:300], b"", b"\x93NUMPY", whole.replace(b"\0" * 99, b"\1" * 99)):
+            path.write_bytes(damaged)
+            refuses(ValueError, "x.npz damaged", fid.npz_side, path)
+        refuses(FileNotFoundError, "none.npz", fid.npz_side, f"{folder}/none.npz")
+        refuses(FileNotFoundError, "none", fid.all_images, f"{folder}/none")
+        for i, side in enumerate((8, 8, 8, 9)):
+            Image.new("RGB", (side, side)).save(f"{folder}/{i}.png")
+        batches = fid.image_side(fid.all_images(folder)).batches
+        refuses(ValueError, "different sizes --image-size", lambda: list(batches(2)))
+        Path(folder, "3.png").write_bytes(b"no picture")
+        refuses(ValueError, "3.png remove no image out", lambda: list(batches(4)))
 
 
 def test_fid_classifier():
-    """Trained twice it is the same; it learns; it is found again in the cache; the global RNG is untouched."""
+    """Twice the same; every size works; the cache knows the pixels; the global generator is untouched."""
+    with torch.no_grad():
+        for side in range(1, 10):
+            assert fid.ResidualBlock(2, 3)(torch.zeros(2, 2, side, side)).shape[-1] == (side + 1) // 2
+        for size in (8, 28, 36, 100, 250):
+            assert fid.Classifier(5, size).eval()(torch.zeros(1, 3, size, size))[1].shape == (1, 5)
     rng = np.random.default_rng(4)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        real, cache = Path(folder, "real"), Path(folder, "cache")
         for c, colour in enumerate(("red", "green", "blue")):
-            Path(folder, "real", colour).mkdir(parents=True)
-            for i in range(30):  # noise with a tint
+            (real / colour).mkdir(parents=True)
+            for i in range(30):  # noise with a tint; bitmaps, all of one length
                 tint = rng.integers(0, 160, (16, 16, 3)) + 60 * (np.arange(3) == c)
-                Image.fromarray(tint.astype(np.uint8)).save(Path(folder, "real", colour, f"{i}.png"))
-        real, cache = f"{folder}/real", f"{folder}/cache"
-        before = torch.get_rng_state()
-        a, b = (fid.train_classifier(tokenizer.open_images(real), 16, 2, batch=8) for _ in range(2))
-        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
-        assert torch.equal(before, torch.get_rng_state())
-        model, line = fid.load_classifier(real, 16, 30, cache)
-        again, same = fid.load_classifier(real, 16, 30, cache)
-        assert line == same and "held-out" in line and len(list(Path(cache).iterdir())) == 1
-        assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), again.state_dict().values()))
-        extract = fid.classifier_extractor(again)
-        got = fid.feature_statistics(fid.image_side(tokenizer.open_images(real, "val"), 16), extract, 5)
-        assert got.agreement > 0.6 and f"{got.agreement:.1%}" in line and got.moments["sigma"].shape == (256, 256)
+                Image.fromarray(tint.astype(np.uint8)).save(real / colour / f"{i}.bmp")
+
+        def sets():
+            return [fid.in_memory(fid.open_real(real, split), 16) for split in ("train", "val")]
+
+        before, (train, val) = torch.get_rng_state(), sets()
+        a, b = (fid.train_classifier(train, 16, 2, batch=8) for _ in range(2))
+        assert same(a.state_dict(), b.state_dict()) and torch.equal(before, torch.get_rng_state())
+        model, line = fid.load_classifier(train, val, 16, 12, cache)
+        again, line_again = fid.load_classifier(*sets(), 16, 12, cache)
+        assert line == line_again and "held-out" in line and len(list(cache.iterdir())) == 1
+        assert same(model.state_dict(), again.state_dict())
+        got = fid.feature_statistics(fid.image_side(val), fid.classifier_extractor(again), 5)
+        assert got.agreement > 0.6 and f"{got.agreement:.1%}" in line
         row = fid.compare(got, got, "-c")
-        assert set(row) == {"FD-c", "precision-c", "recall-c", "class agreement"} and abs(row["FD-c"]) < 1e-6
-        next(Path(cache).iterdir()).write_bytes(b"cut")
-        _raises(ValueError, fid.load_classifier, real, 16, 30, cache)
+        assert list(row) == ["FD-c", "IS-c", "precision-c", "recall-c", "class agreement"]
+        assert abs(row["FD-c"]) < 1e-6 and row["IS-c"] == got.score
+        next(cache.iterdir()).write_bytes(b"cut")
+        refuses(ValueError, "damaged", fid.load_classifier, train, val, 16, 12, cache)
+        (real / "red" / "0.bmp").write_bytes((real / "green" / "0.bmp").read_bytes())
+        changed = [some.fingerprint for some in sets()]
+        assert changed != [train.fingerprint, val.fingerprint]  # a picture replaced by another of its length
+
+
+def test_fid_scores_samples_and_the_floor():
+    """fid.py from its command line: many rows, the floor, and decoded images as the reference."""
+    root = workshop()[1]
+    samples = fid.in_memory(fid.open_real(root / "images"), 16)
+    pixels = np.stack([np.asarray(samples.read(i)) for i in range(44)])
+    arrays = dict(arr_0=pixels, arr_1=samples.labels)
+    np.savez(root / "good.npz", classes=samples.classes, **arrays)
+    np.savez(root / "unnamed.npz", arr_0=pixels)
+    real = ["--real", root / "images", "--features", "classifier", "--classifier-steps", 10]
+    written = ["--vq", root / "vq.pt", "--json", root / "scores.json"]
+    table = score(*real, *written,
+                  "--fake", root / "good", root / "unnamed.npz", "held-out", "reconstructions")
+    content = json.loads((root / "scores.json").read_text())
+    good, unnamed, held_out, floor = content["scores"].values()
+    assert list(content["scores"])[2:] == ["held-out", "reconstructions (the floor)"]
+    assert abs(good["FD-c"]) < 1e-4 < floor["FD-c"]  # good.npz holds the training images themselves
+    assert unnamed["class agreement"] is None and floor["class agreement"] is not None
+    assert all(line in table for line in content["protocol"])
+    assert content["settings"]["classifier_steps"] == 10
+
+    vq = tokenizer.load_tokenizer(root / "vq.pt")
+    np.savez(root / "decoded.npz", arr_0=fid.reconstruct(vq, pixels), arr_1=samples.labels)
+    score(*real, *written,
+          "--reference", "reconstructions", "--fake", root / "decoded.npz", "held-out")
+    content = json.loads((root / "scores.json").read_text())
+    row = content["scores"][f"{root}/decoded.npz"]
+    assert abs(row["FD-c"]) < 1e-4 and row["precision-c"] == row["recall-c"] == 1  # the reference itself
+    decoded = f"decoded by tokenizer {tokenizer.fingerprint(vq)}"
+    assert sum(decoded in line for line in content["protocol"]) == 3  # reference, held-out, classifier
+
+    np.savez(root / "others.npz", classes=["class0", "class1", "class2", "fish"], **arrays)
+    refuses(ValueError, "others.npz class3 other data", score, *real, "--fake", root / "others.npz")
+
+
+def test_fid_refuses_before_any_work():
+    """Flags that do not fit or would be ignored: one sentence, and no classifier is trained meanwhile."""
+    root = workshop()[1]
+    np.savez(root / "eight.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=np.array([0, 1, 2, 9]))
+    np.savez(root / "six.npz", arr_0=np.zeros((4, 6, 8, 3), np.uint8))
+    (root / "alone").mkdir()
+    for label in "abcd":  # one image each: nothing to hold out
+        (root / "alone" / label).mkdir()
+        Image.new("RGB", (8, 8)).save(root / "alone" / label / "0.png")
+    images, eight, six, cache = root / "images", root / "eight.npz", root / "six.npz", root / "no-work"
+    classifier = ["--features", "classifier"]
+    for words, arguments in (
+            ("nothing to do", ["--real", images]),
+            ("--weights only leave", ["--real", images, "--fake", eight, *classifier, "--weights", "w.pth"]),
+            ("--resize only", ["--real", images, "--fake", eight, *classifier, "--resize", "pytorch-fid"]),
+            ("--classifier-steps only", ["--real", images, "--fake", eight, "--classifier-steps", 50]),
+            ("--image-size only", ["--real", eight, "--fake", eight, "--image-size", 8]),
+            ("--split only", ["--real", eight, "--fake", eight, "--split", "val"]),
+            ("--subset only", ["--real", eight, "--fake", eight, "--subset", "list.txt"]),
+            ("--vq only", ["--real", images, "--fake", eight, "--vq", root / "vq.pt"]),
+            ("--save-stats only", ["--real", images, *classifier, "--save-stats", root / "s.npz"]),
+            ("reconstructions --vq", ["--real", images, "--fake", "reconstructions"]),
+            ("held-out .npz", ["--real", eight, "--fake", "held-out"]),
+            ("classifier eight.npz", ["--real", eight, "--fake", eight, *classifier]),
+            ("no tokenizer", ["--real", images, "--fake", "reconstructions", "--vq", root / "absent"]),
+            ("no tokenizer", ["--real", images, "--fake", "reconstructions", "--vq", images]),
+            ("size 10 4", ["--real", images, "--reference", "reconstructions", "--vq", root / "vq.pt",
+                           "--image-size", 10, "--fake", "held-out"]),
+            ("labels 0 9", ["--real", images, "--fake", eight, *classifier]),
+            ("square", ["--real", images, "--fake", six]),
+            ("different sizes", ["--real", images, "--fake", eight, six]),
+            ("different sizes --image-size", ["--real", images, "--fake", eight, "--image-size", 16]),
+            ("alone", ["--real", root / "alone", "--fake", eight, *classifier]),
+            ("does not exist", ["--real", root / "absent", "--fake", eight]),
+            ("does not exist", ["--real", images, "--fake", root / "absent"]),
+            ("overwritten", ["--real", images, "--fake", eight, "--json", eight]),
+            ("scores.json/x", ["--real", images, "--fake", eight, "--json", eight / "scores.json" / "x"]),
+            (".npz", ["--real", images, "--save-stats", root / "stats"])):
+        refuses((ValueError, OSError), words, score, *arguments, "--cache", cache)
+    for bad in (["--classifier-steps", 5], ["--image-size", 10 ** 9], ["--image-size", -8], ["--batch", 0]):
+        refuses(SystemExit, "2", score, "--real", images, "--fake", eight, *bad)
+    refuses(ValueError, "banana", fid.main, ["--real", "shapes", "--fake", "x", "--device", "banana"])
+    assert not cache.exists()
 
 
 # ---- The runner --------------------------------------------------------------------------------------------
