@@ -959,8 +959,8 @@ def _read_meta(folder: Path, expected: dict | None) -> tuple[dict, dict]:
         raise ValueError(f"the token cache {folder} is damaged; delete it and encode again.") from None
     for key, value in (expected or {}).items():
         if meta.get(key) != value:
-            raise ValueError(f"the token cache {folder} has {key} = {meta.get(key)} but {value} is needed; "
-                             "encode again into another folder.")
+            raise ValueError(f"the token cache {folder} has {key} = {str(meta.get(key))[:80]} but "
+                             f"{str(value)[:80]} is needed; encode again into another folder.")
     return meta, checksums
 
 
