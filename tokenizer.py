@@ -1010,7 +1010,7 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
 
     Under torchrun (RANK, WORLD_SIZE) each process encodes every WORLD_SIZE-th chunk of images into a part
     file, and rank 0 waits for all parts, joins them and writes meta.json last. No process group is needed.
-    A killed encoding goes on where it was, with any number of processes. It needs some 400 MB beside the tokenizer.
+    A killed encoding goes on where it was, with any number of processes. Memory: some 400 MB.
     Raises ValueError as `load_cache` and `read_pixels` do, if codes and image size do not fit, or if another
     job encodes into `folder` now.
     """
