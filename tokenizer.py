@@ -348,7 +348,7 @@ def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[
         found, get = {info.filename: (info.file_size, info.CRC) for info in archive.infolist()
                       if not info.is_dir() and not _hidden(info.filename)}, archive.read
     else:
-        raise FileNotFoundError(f"{path} does not exist as a folder or file; --data takes one, a zip, or: shapes.")
+        raise FileNotFoundError(f"{path} does not exist (folder or file); write a folder, a zip, or: shapes.")
     top = _top_folder([name for name in found if is_image(name)])
     files = {name[len(top):]: mark for name, mark in found.items() if name.startswith(top)}
 
