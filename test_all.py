@@ -228,6 +228,17 @@ def test_reader_finds_what_people_have():
         (root / "flat" / "class2").rename(root / "flat" / "two\nlines")
         refuses(ValueError, r"two\nlines cannot be printed", tokenizer.open_images, root / "flat")
 
+        def forbidden(path, scandir=os.scandir):
+            if str(path).endswith("class1"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        kept, os.scandir = os.scandir, forbidden  # the superuser may read everything
+        try:
+            refuses(OSError, "class1 Permission denied", tokenizer.open_images, root / "flat")
+        finally:
+            os.scandir = kept
+
 
 def test_subset_equals_a_pack_of_these_classes():
     """Same names, labels and fingerprints whether classes are chosen by a list or by packing them alone."""

@@ -9,6 +9,7 @@ surrounds it: reading image sets, the ten crops that serve as views, the VQ mode
     torchrun --nproc-per-node 8 tokenizer.py encode --data IMAGENET --image-size 256 --crop-ratios 1.1 1.05 \
         --tokenizer vq_ds16_c2i.pt --out cache/imagenet
 
+`--subset assets/tiny-imagenet-20.txt` keeps the class folders listed there, and so do the other scripts.
 Shapes in comments: N images, B batch, V views, S side in pixels, h x w the code grid, T = h w tokens, D
 code size.
 """
@@ -338,18 +339,16 @@ def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[
     Raises FileNotFoundError, OSError or ValueError, as does the function, for what cannot be read.
     """
     if path.is_dir():
-        found = _walk(path)
-        get = lambda name: (path / name).read_bytes()  # noqa: E731
+        found, get = _walk(path), lambda name: (path / name).read_bytes()
     elif path.is_file():
         try:
             archive = zipfile.ZipFile(path)
         except Exception:  # what a damaged file makes zipfile raise has no end
             raise ValueError(f"{path} is neither a folder nor a whole zip (truncated download?).") from None
-        found = {info.filename: (info.file_size, info.CRC) for info in archive.infolist()
-                 if not info.is_dir() and not _hidden(info.filename)}
-        get = archive.read
+        found, get = {info.filename: (info.file_size, info.CRC) for info in archive.infolist()
+                      if not info.is_dir() and not _hidden(info.filename)}, archive.read
     else:
-        raise FileNotFoundError(f"{path} does not exist; --data takes a folder, a zip, or the word shapes.")
+        raise FileNotFoundError(f"{path} does not exist (folder or file); write a folder, a zip, or: shapes.")
     top = _top_folder([name for name in found if is_image(name)])
     files = {name[len(top):]: mark for name, mark in found.items() if name.startswith(top)}
 
@@ -1000,7 +999,7 @@ def print_quality(path: str | Path, vq: VQModel, settings) -> None:
 
 CHUNK = 1000  # images per part file: what a killed encoding loses at most
 AT_A_TIME = 2 ** 20  # pixels that go through the encoder together
-READ_AHEAD = 2 ** 27  # bytes of crops that wait for it
+READ_AHEAD = 2 ** 25  # bytes of crops that wait for it
 UNREADABLE = 65535  # fills the row of an image left out by --skip-corrupt; its label becomes -1
 
 
@@ -1036,8 +1035,8 @@ def _read_meta(folder: Path, expected: dict | None) -> tuple[dict, dict]:
         raise ValueError(f"the token cache {folder} is damaged; delete it and encode again.") from None
     for key, value in (expected or {}).items():
         if meta.get(key) != value:
-            raise ValueError(f"the token cache {folder} has {key} = {meta.get(key)} but {value} is needed; "
-                             "encode again into another folder.")
+            raise ValueError(f"the token cache {folder} has {key} = {str(meta.get(key))[:80]} but "
+                             f"{str(value)[:80]} is needed; encode again into another folder.")
     return meta, checksums
 
 
@@ -1062,13 +1061,14 @@ def load_cache(folder: str | Path, expected: dict | None = None) -> TokenCache:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """No TF32 on the GPU meanwhile: its 10 bits would move the codes of latents between two codes."""
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, convolution.allow_tf32
-    matmul.allow_tf32 = convolution.allow_tf32 = False
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        matmul.allow_tf32, convolution.allow_tf32 = before
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @torch.no_grad()
@@ -1086,7 +1086,7 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
 
     Under torchrun (RANK, WORLD_SIZE) each process encodes every WORLD_SIZE-th chunk of images into a part
     file, and rank 0 waits for all parts, joins them and writes meta.json last. No process group is needed.
-    A killed encoding goes on where it was, with any number of processes. Memory stays below some 500 MB.
+    A killed encoding goes on where it was, with any number of processes. Memory: some 400 MB.
     Raises ValueError as `load_cache` and `read_pixels` do, if codes and image size do not fit, or if another
     job encodes into `folder` now.
     """
