@@ -164,7 +164,7 @@ class KVCache:
 
     def put(self, layer: int, position: torch.Tensor, k: torch.Tensor,
             v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (B, H, 1, D) at `position` (1,); returns all T places (B, H, T, D), also empty ones."""
+        """Store k and v (B, H, 1, D) at `position` (1,); returns all T places, (B, H, T, D) each."""
         self.k[layer].index_copy_(2, position, k)
         self.v[layer].index_copy_(2, position, v)
         return self.k[layer], self.v[layer]

@@ -462,7 +462,10 @@ def reconstruct(path: Path, one: Trained, data: str | None, subset: str | None) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and run it. Raises ValueError or OSError, in one sentence, for a user's mistake."""
+    """Parse the command line and run it.
+
+    Raises ValueError or OSError, in one sentence, for a user's mistake.
+    """
     args = parse_arguments(argv)
     if args.npz:
         path = args.npz if args.npz.suffix == ".npz" else Path(f"{args.npz}.npz")
