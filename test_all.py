@@ -21,7 +21,7 @@ import time
 import traceback
 import warnings
 import zipfile
-import zlib
+
 from functools import lru_cache
 from pathlib import Path
 

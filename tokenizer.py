@@ -845,9 +845,10 @@ class Perceptual(nn.Module):
     """
 
     def __init__(self, classes: int):
-        super().__init__()
         def convolution(cin, cout, stride):
             return [nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU()]
+
+        super().__init__()
         self.stages = nn.ModuleList([nn.Sequential(*convolution(3, 32, 1))])
         for width in (64, 128, 256):
             halve, refine = convolution(width // 2, width, 2), convolution(width, width, 1)
@@ -863,7 +864,7 @@ class Perceptual(nn.Module):
 
 
 def perceptual_loss(net: Perceptual, reconstruction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """How different two images (B, 3, S, S) look to a frozen `net`, in [0, 4] (LPIPS without learned weights).
+    """How different two images (B, 3, S, S) look to a frozen `net`, in [0, 2]: LPIPS without learned weights.
 
     The squared distance of feature vectors of unit length, averaged over places, then over the stages.
     """
@@ -917,8 +918,8 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["
                     skip_corrupt: bool = False) -> VQModel:
     """Train a tokenizer on random (size, size) crops and flips of `images`, at most 100,000 of them.
 
-    Loss: mean squared error + codebook and commitment loss + `perceptual_loss`, whose net is trained first, for
-    half as many steps: LlamaGen's recipe without its adversarial part, of which README says what it gave.
+    Loss: mean squared error + codebook and commitment loss + `perceptual_loss`, whose net is trained first,
+    for half as many steps: LlamaGen's recipe without its adversarial part, of which README says what it gave.
     Adam, warm-up over 5 % of the steps, cosine to zero. Codes that go unused are restarted on latents of the
     current batch during the first three quarters. Raises ValueError for a size the codes do not divide.
     """
@@ -951,14 +952,30 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["
     return vq.eval().requires_grad_(False)
 
 
-def ready_tokenizer(root: str | Path, images: ImageSet, size: int, codes: int, steps: int, device="cpu",
-                    skip_corrupt: bool = False) -> Path:
-    """The file below `root` of the small tokenizer for these images and settings, trained now if missing."""
-    config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=codes)
-    key = digest([images.fingerprint, size, steps, asdict(config)])[:8]
-    path = Path(root) / f"tokenizer-{Path(images.source).stem}-{size}px-{key}.pt"
+SHIPPED = Path(__file__).with_name("assets") / "tokenizer-32px.pt"  # vq_ds4, README says how it was trained
+
+
+def find_tokenizer(settings, images: ImageSet, device) -> Path:
+    """The file that train.py's `settings` ask for: "shipped", "train" (now, if there is none yet) or a file.
+
+    Raises ValueError if the shipped one is not what they ask for.
+    """
+    if settings.tokenizer == "shipped":
+        codes = load_tokenizer(SHIPPED).config.codebook_size
+        if settings.codes != codes:
+            raise ValueError(f"the shipped tokenizer has {codes} codes, not {settings.codes}; --tokenizer "
+                             "train makes your own.")
+        at = "" if settings.image_size == 32 else f" (trained at 32 px, used at {settings.image_size})"
+        print(f"Tokenizer: the shipped one{at}; --tokenizer train makes one for these images.")
+        return SHIPPED
+    if settings.tokenizer != "train":
+        return Path(settings.tokenizer)
+    config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=settings.codes)
+    size, steps = settings.image_size, settings.tokenizer_steps
+    key = digest(["perceptual", images.fingerprint, size, steps, asdict(config)])[:8]
+    path = Path(settings.cache) / f"tokenizer-{Path(images.source).stem}-{size}px-{key}.pt"
     if not path.exists():
-        vq = train_tokenizer(images, size, config, steps, device=device, skip_corrupt=skip_corrupt)
+        vq = train_tokenizer(images, size, config, steps, device=device, skip_corrupt=settings.skip_corrupt)
         save_tokenizer(path, vq)
     return path
 
@@ -1212,14 +1229,11 @@ def prepare(settings, device: torch.device, store) -> Prepared:
         subset = "" if stand_in else settings.subset
         images = open_images(data, "train", subset)
         print(images.summary)
-        path = settings.tokenizer or ready_tokenizer(
-            settings.cache, images, settings.image_size, settings.codes, settings.tokenizer_steps,
-            device=device, skip_corrupt=settings.skip_corrupt)
-        return data, subset, str(path), "-shapes" if stand_in else ""
+        return data, subset, str(find_tokenizer(settings, images, device)), "-shapes" if stand_in else ""
 
     data, subset, path, suffix = from_first("found", find)
     vq, caches = load_tokenizer(path, device), []
-    if rank == 0 and not settings.tokenizer:
+    if rank == 0 and settings.tokenizer in ("shipped", "train"):
         print_quality(path, vq, replace(settings, data=data, subset=subset))
     for split, ratios in (("train", settings.crop_ratios), ("val", ())):
         images = open_images(data, split, subset)
