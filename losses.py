@@ -14,6 +14,8 @@ Shapes in comments: B images on this process, B_all images on all of them, V vie
 K sampled positions, C width, S slots (see `info_nce`). The order of a (B V) axis is image-major: row b V + m.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -51,78 +53,97 @@ def sample_positions(num_tokens: int, count: int, generator: torch.Generator) ->
 # ---- The losses --------------------------------------------------------------------------------------------
 
 def ar_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Next-token prediction; logits (B, T, V) of positions 0 ... T - 1, tokens (B, T) = x_1 ... x_T. In nats.
+    """Next-token prediction; logits (B, T, n) of positions 0 ... T - 1, tokens (B, T) = x_1 ... x_T. In nats.
 
         L_AR = -1/T sum_t log p_theta(x_t | c, x_<t)                                                   (Eq. 2)
     """
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
 
 
-def mim_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def mim_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Masked image modelling in feature space; outputs of the last block, (B, T, C) each. In [0, 2].
 
         L_MIM = 1/T sum_t D(h_t, h'_t),   D(a, b) = 1 - a.b / (|a| |b|)                                (Eq. 4)
 
-    h: student, keys masked; h': teacher, nothing masked, no gradient; both on the same tokens.
+    h: student, keys masked; h', the target: teacher, nothing masked, no gradient; both on the same tokens.
     our choice: the raw block output, before the final norm.
     """
-    return 1 - F.cosine_similarity(student.float(), teacher.float().detach(), dim=-1).mean()
+    return 1 - F.cosine_similarity(student.float(), target.float().detach(), dim=-1).mean()
 
 
 def projector(dim: int) -> nn.Sequential:
     """f of Eq. 5, student only: an MLP of three linear layers, width C throughout.
 
+    paper: an MLP of several layers, as in SimSiam.
     our choice: LayerNorm where SimSiam has BatchNorm, which would tie the processes together.
     """
     return nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.SiLU(),
                          nn.Linear(dim, dim), nn.LayerNorm(dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Inside, products of float32 tensors are float32: bfloat16 tells cosines of .99 and .992 not apart."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
-             offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+             own_start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """InfoNCE over slots; anchors (S, B, C), targets (S, B_all, C). Returns loss and accuracy in [0, 1].
 
         -1/(S B) sum_s sum_b log  exp(a_sb . t_sb / tau) / sum_b' exp(a_sb . t_sb' / tau)
 
     A slot is one pairing of (view, position) with (view, position). In it the positive of image b is the same
-    image's target, found at `offset` + b, and its negatives are the targets of all other images.
+    image's target, and its negatives are the targets of all other images. `own_start` says where among B_all
+    the images of this process begin: the positive of anchor b stands in column own_start + b.
     our choice: features are L2-normalised, the temperature is ours to choose (the paper prints none);
-    float32. The accuracy is the share of anchors closest to their positive.
+    float32, also under autocast. The accuracy is the share of anchors closest to their positive.
     """
     a, t = F.normalize(anchors.float(), dim=-1), F.normalize(targets.float().detach(), dim=-1)
-    logits = a @ t.mT / temperature  # (S, B, B_all)
+    with without_autocast(a.device):
+        logits = a @ t.mT / temperature  # (S, B, B_all)
     S, B, B_all = logits.shape
-    positive = torch.arange(offset, offset + B, device=logits.device).repeat(S)  # (S B,)
+    positive = torch.arange(own_start, own_start + B, device=logits.device).repeat(S)  # (S B,)
     logits = logits.view(S * B, B_all)
     return F.cross_entropy(logits, positive), (logits.argmax(1) == positive).float().mean()
 
 
-def step_loss(z: torch.Tensor, h: torch.Tensor, temperature: float,
-              offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inter-step contrast; z = f(student) (V, K, B, C), h = teacher (V, K, B_all, C). Loss and accuracy.
+def ordered_pairs(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """All i != j below `count`, i and j int64 (count (count - 1),) each, made where they are used."""
+    i = torch.arange(count, device=device).repeat_interleave(count - 1)
+    j = torch.arange(count - 1, device=device).repeat(count)
+    return i, j + (j >= i)  # j skips i
+
+
+def step_loss(z: torch.Tensor, target: torch.Tensor, temperature: float,
+              own_start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inter-step contrast; z = f(h) of the student (V, K, B, C), target = h' of the teacher (V, K, B_all, C).
 
         L_step = InfoNCE(z^(m,i), h'^(m,j)),   m a view, i != j two of the K positions                 (Eq. 6)
 
-    our choice: all K (K - 1) ordered pairs count. Raises ValueError unless K >= 2.
+    Returns loss and accuracy. our choice: all K (K - 1) ordered pairs count. Raises ValueError unless K >= 2.
     """
-    if len(z[0]) < 2:
+    if z.shape[1] < 2:
         raise ValueError("the step loss needs at least two positions, K >= 2.")
-    i, j = (~torch.eye(len(z[0]), dtype=torch.bool, device=z.device)).nonzero(as_tuple=True)
-    return info_nce(z[:, i].flatten(0, 1), h[:, j].flatten(0, 1), temperature, offset)  # S = V K (K - 1)
+    i, j = ordered_pairs(z.shape[1], z.device)
+    anchors, targets = z[:, i].flatten(0, 1), target[:, j].flatten(0, 1)  # S = V K (K - 1) slots
+    return info_nce(anchors, targets, temperature, own_start)
 
 
-def view_loss(z: torch.Tensor, h: torch.Tensor, temperature: float,
-              offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inter-view contrast; z = f(student) (V, K, B, C), h = teacher (V, K, B_all, C). Loss and accuracy.
+def view_loss(z: torch.Tensor, target: torch.Tensor, temperature: float,
+              own_start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inter-view contrast; z = f(h) of the student (V, K, B, C), target = h' of the teacher (V, K, B_all, C).
 
         L_view = InfoNCE(z^(i,k), h'^(j,k)),   i != j two views, k one of the K positions              (Eq. 7)
 
-    Raises ValueError unless V >= 2.
+    Returns loss and accuracy. Raises ValueError unless V >= 2.
     """
-    if len(z) < 2:
+    if z.shape[0] < 2:
         raise ValueError("the view loss needs at least two views, V >= 2.")
-    i, j = (~torch.eye(len(z), dtype=torch.bool, device=z.device)).nonzero(as_tuple=True)
-    return info_nce(z[i].flatten(0, 1), h[j].flatten(0, 1), temperature, offset)  # S = V (V - 1) K
+    i, j = ordered_pairs(z.shape[0], z.device)
+    anchors, targets = z[i].flatten(0, 1), target[j].flatten(0, 1)  # S = V (V - 1) K slots
+    return info_nce(anchors, targets, temperature, own_start)
 
 
 def total_loss(terms: dict[str, torch.Tensor], alpha: float, beta: float) -> torch.Tensor:

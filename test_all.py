@@ -496,10 +496,21 @@ def nce_by_hand(anchor, targets, positive, temperature):
 def test_info_nce_is_the_double_loop():
     torch.manual_seed(0)
     a, t = torch.randn(3, 4, 6), torch.randn(3, 12, 6)
-    loss, accuracy = losses.info_nce(a, t, 0.3, offset=4)
+    loss, accuracy = losses.info_nce(a, t, 0.3, own_start=4)
     expected = np.mean([nce_by_hand(a[s, b], t[s], 4 + b, 0.3) for s in range(3) for b in range(4)])
     assert abs(loss.item() - expected) < 1e-5 and 0 <= accuracy <= 1
     assert losses.info_nce(t, t, 0.1)[1] == 1
+
+
+def test_losses_are_float32_under_autocast():
+    """Targets of mean cosine .99 are told apart; products in bfloat16 made most of them ties."""
+    torch.manual_seed(0)
+    targets = torch.randn(1, 1, 96) + 0.1 * torch.randn(2, 24, 96)
+    anchors = targets + 1e-3 * torch.randn_like(targets)
+    plain = losses.info_nce(anchors, targets, 0.2), losses.mim_loss(anchors, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = losses.info_nce(anchors, targets, 0.2), losses.mim_loss(anchors, targets)
+    assert same(plain, mixed) and plain[0][1] == 1
 
 
 def test_step_and_view_losses_are_equations_6_and_7():
