@@ -341,6 +341,18 @@ def test_first_loss_is_ln_v():
     assert abs(loss.item() - math.log(37)) < 1e-5
 
 
+def test_golden_numbers():
+    """Logits for weights that are sines, once compared with LlamaGen's own code (gpt.py): identical."""
+    net = model.Transformer(model.ModelConfig(2, 2, 32, vocab_size=11, num_classes=5, num_tokens=16)).eval()
+    for i, (name, p) in enumerate(sorted(net.named_parameters())):
+        p.data = (torch.arange(p.numel(), dtype=torch.float64) * (i + 1.7)).sin().float().view_as(p) * 0.3
+    tokens = torch.arange(15)[None] * 7 % 11
+    logits = net(tokens, torch.tensor([3])).logits[0]
+    golden = torch.tensor([[0.10951, 0.07414, -0.13105], [0.01360, 0.01328, -0.01746],
+                           [0.02300, 0.03490, -0.03314], [-0.00973, 0.06617, -0.00949]])
+    assert torch.allclose(logits[[0, 1, 7, 15]][:, [0, 5, 10]], golden, atol=2e-5)
+
+
 def test_causality():
     net, (tokens, classes) = tiny_model(), some_tokens()
     a = net(tokens, classes).logits
@@ -587,44 +599,52 @@ def test_an_epoch_visits_each_image_once_with_different_views():
         assert len(set(seen)) == 15 and 3 not in seen
 
 
-def a_student(config, seed=0):
-    net = tiny_model(seed, n_layer=4, dim=96, n_head=3, num_classes=4).train()
-    return train.Student(net, config.depth, "step" in config.losses or "view" in config.losses)
+def an_objective(config, rank=0, **changes):
+    """A student of 4 layers, its projector, and a teacher that is not its copy."""
+    changes = dict(n_layer=4, dim=96, n_head=3, num_classes=4) | changes
+    objective = train.Objective(config, tiny_model(**changes).train(), rank)
+    objective.teacher.load_state_dict(tiny_model(5, **changes).state_dict())
+    return objective
+
+
+ALL_LOSSES = ("ar", "ar+mim", "ar+step", "ar+view", "ar+mim+step", "ar+step+view", "ar+mim+step+view")
 
 
 def test_which_loss_runs_what():
     """An AR run has no teacher forward and no mask; masking is on exactly when L_MIM is."""
     batch = train.draw_batch(a_config(), a_cache(), 0, 0, 1)
-    for on in ("ar", "ar+mim", "ar+step", "ar+step+view", "ar+mim+step+view"):
+    for on in ALL_LOSSES:
         config, masks, teacher_calls = a_config(losses=on), [], []
-        student, teacher = a_student(config), tiny_model(5, n_layer=4, dim=96, n_head=3, num_classes=4)
-        student.model.register_forward_pre_hook(
+        objective = an_objective(config)
+        objective.student.register_forward_pre_hook(
             lambda module, args, kwargs: masks.append(kwargs["key_mask"]), with_kwargs=True)
-        teacher.register_forward_hook(lambda module, args, kwargs, out: teacher_calls.append(kwargs), with_kwargs=True)
-        log = train.compute_losses(student, teacher, batch, config, 0)
+        objective.teacher.register_forward_hook(
+            lambda module, args, kwargs, out: teacher_calls.append(kwargs), with_kwargs=True)
+        log = objective(*batch)
         assert (masks[0] is not None) == ("mim" in on) and len(teacher_calls) == (on != "ar")
         assert all(call["head"] is False and "key_mask" not in call for call in teacher_calls)
         assert {name for name in log if name.startswith("loss_")} == {f"loss_{name}" for name in on.split("+")}
         log["loss"].backward()
-        assert all(p.grad is None for p in teacher.parameters())
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
+        assert all(p.grad is None for p in objective.teacher.parameters())
+        trained = [*objective.student.parameters(), *objective.projector.parameters()]
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
 
 
 def test_losses_of_a_batch_by_hand():
-    """compute_losses pairs views, positions and images as Eqs. 4, 6 and 7 say."""
+    """An Objective pairs views, positions and images as Eqs. 4, 6 and 7 say."""
     config = a_config(temperature=0.5)
-    batch, student = train.draw_batch(config, a_cache(), 0, 0, 1), a_student(config)
-    teacher = tiny_model(5, n_layer=4, dim=96, n_head=3, num_classes=4)
-    log = train.compute_losses(student, teacher, batch, config, 0)
+    batch, objective = train.draw_batch(config, a_cache(), 0, 0, 1), an_objective(config)
+    log = objective(*batch)
     z, h, mim = {}, {}, []
     for b in range(8):
         for m in range(2):
             tokens, c = batch.tokens[b:b + 1, m, :-1], batch.classes[b:b + 1]
-            s = student.model(tokens, c, key_mask=batch.key_mask[2 * b + m][None], layers=(2, 4)).hidden
-            t = teacher(tokens, c, layers=(2, 4)).hidden
+            mask = batch.key_mask[2 * b + m][None]
+            s = objective.student(tokens, c, key_mask=mask, layers=(2, 4)).hidden
+            t = objective.teacher(tokens, c, layers=(2, 4)).hidden
             mim.append(losses.mim_loss(s[4], t[4]).item())
             for k in batch.positions.tolist():
-                z[b, m, k], h[b, m, k] = student.projector(s[2][0, k]), t[2][0, k]
+                z[b, m, k], h[b, m, k] = objective.projector(s[2][0, k]), t[2][0, k]
     K = batch.positions.tolist()
     step = np.mean([nce_by_hand(z[b, m, i], [h[other, m, j] for other in range(8)], b, 0.5)
                     for b in range(8) for m in range(2) for i in K for j in K if i != j])
@@ -634,6 +654,94 @@ def test_losses_of_a_batch_by_hand():
         assert abs(log[f"loss_{name}"].item() - value) < 1e-4, name
     expected = log["loss_ar"] + np.mean(mim) + 0.5 * (step + view) / 2
     assert abs(log["loss"].item() - expected) < 1e-4
+
+
+def test_networks_and_losses_are_one_graph():
+    """fullgraph refuses whatever torch.compile would break the graph at, and so store the logits for."""
+    for on in ("ar", "ar+mim", "ar+view", "ar+mim+step+view"):
+        config = a_config(losses=on)
+        batch, objective = train.draw_batch(config, a_cache(), 0, 0, 1), an_objective(config, n_layer=2)
+        torch._dynamo.reset()
+        graph = torch.compile(objective, backend="eager", fullgraph=True)
+        assert same(graph(*batch), objective(*batch)), on
+
+
+def test_a_step_on_a_device_without_data():
+    """On the meta device a tensor of the host, or a shape that depends on data, fails as it would stall a GPU."""
+    for on in ALL_LOSSES:
+        config = a_config(losses=on)
+        batch = [x.to("meta") for x in train.draw_batch(config, a_cache(), 0, 0, 1)]
+        objective = an_objective(config).to("meta")
+        log = objective(*batch)
+        log["loss"].backward()
+        losses.update_ema(objective.teacher, objective.student, 0.9)
+        assert all(value.shape == () and value.is_meta for value in log.values())
+
+
+def a_run(config, objective, steps=4):
+    cpu = torch.device("cpu")
+    optimizer = train.make_optimizer(objective, config)
+    return train.Run(config, 0, 1, cpu, False, None, a_cache(), a_cache(), objective, optimizer, 0, steps)
+
+
+def test_an_optimizer_step_by_hand():
+    """Two steps from the draw to the EMA: clipping, AdamW's formula, weight decay of matrices alone, teacher."""
+    config = a_config(clip=0.05, weight_decay=0.3, base_lr=0.32, warmup=3, ema=0.9)
+    objective, twin = an_objective(config), an_objective(config)
+    run = a_run(config, objective)
+    trained = [*twin.student.parameters(), *twin.projector.parameters()]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in trained]
+    for step, batch in enumerate(train.batches(run)):
+        assert same(list(batch), list(train.draw_batch(config, run.cache, step, 0, 1)))
+        log = train.train_step(run, objective, batch, step)
+        gradients = torch.autograd.grad(twin(*batch)["loss"], trained)
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        assert norm > config.clip and abs(log["grad_norm"] / norm - 1) < 1e-4
+        rate = 0.01 * (step + 1) / 3 * (0.05 + 0.95 * (1 + math.cos(math.pi * step / 4)) / 2)
+        for p, g, (m, v) in zip(trained, gradients, moments):
+            g = g * config.clip / norm
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.95).add_(0.05 * g ** 2)
+            m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.95 ** (step + 1))
+            decay = 0.3 * (p.ndim > 1)
+            p.data -= rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * p.data)
+        keep = 1 - 0.1 * (1 + math.cos(math.pi * step / 4)) / 2
+        for old, new in zip(twin.teacher.parameters(), twin.student.parameters()):
+            old.data = keep * old + (1 - keep) * new
+        if step == 1:
+            break
+    start = an_objective(config).state_dict()
+    for name, value in objective.state_dict().items():
+        off, moved = (value - twin.state_dict()[name]).norm(), (value - start[name]).norm()
+        assert off <= 1e-3 * moved, (name, off, moved)
+
+
+def test_dropout_is_new_in_every_step_and_never_the_teachers():
+    config = a_config(base_lr=1e-12, weight_decay=0.0, ema=1.0)
+    objective = an_objective(config, dropout=0.5)
+    run, batch = a_run(config, objective), train.draw_batch(config, a_cache(), 0, 0, 1)
+    first, second, again = (train.train_step(run, objective, batch, step)["loss_ar"] for step in (0, 1, 0))
+    assert abs(first - again) < 1e-4 < abs(first - second)
+    assert train.validation_loss(run) == train.validation_loss(run)  # no dropout in there
+    assert all(module.training for module in objective.student.modules())  # and back to it afterwards
+    assert not any(module.training for module in objective.teacher.modules())
+
+
+def test_images_of_all_processes_in_rank_order():
+    """Two processes played by a stand-in: rank 1 sends what rank 0 has, plus 10."""
+    class Both:
+        is_initialized, get_world_size = (lambda: True), (lambda: 2)
+
+        def all_gather(parts, x):
+            for rank, part in enumerate(parts):
+                part.copy_(x + 10 * rank)
+
+    kept, losses.dist = losses.dist, Both
+    try:
+        x = torch.arange(6.0).view(1, 2, 3).mT  # not contiguous
+        assert losses.gather_images(x, dim=2).tolist() == [[[0, 3, 10, 13], [1, 4, 11, 14], [2, 5, 12, 15]]]
+    finally:
+        losses.dist = kept
 
 
 def test_schedules():
@@ -652,26 +760,58 @@ def test_impossible_settings_get_one_sentence():
     check()
     for words, changes in {
         "write ar": dict(losses="mim"), "write ar,": dict(losses="ar+moco"), "layers 1 ... 4": dict(depth=5),
-        "10 crops": dict(views=11), "view loss compares at least 2": dict(views=1), "at least 2 --positions": dict(positions=1),
-        "multiple of 3 process(es)": dict(world=3), "2 images": dict(batch=1), "no CUDA": dict(device="cuda"),
-        "--clip positive": dict(clip=0.0), "--ema": dict(ema=1.5), "--crop-ratios": dict(crop_ratios=(0.9,)),
-        "vq_ds16_c2i.pt": dict(image_size=256),
+        "10 crops": dict(views=11), "view loss compares at least 2": dict(views=1),
+        "at least 2 --positions": dict(positions=1), "multiple of 3 process(es)": dict(world=3),
+        "2 images": dict(batch=1), "vq_ds16_c2i.pt": dict(image_size=256),
     }.items():
-        if "no CUDA" in words and torch.cuda.is_available():
-            continue
         refuses(ValueError, words, check, **changes)
     for changes, words in ((dict(positions=16), "K = 16"), (dict(mask_ratio=1.0), "mask ratio")):
         refuses(ValueError, words, train.draw_batch, a_config(**changes), a_cache(), 0, 0, 1)
+    refuses(ValueError, "--positions 16 15 behind", train.check_data, a_config(positions=16), a_cache(), {})
+    refuses(ValueError, "19 images fewer", train.check_data, a_config(batch=20), a_cache(), {})
 
 
 def test_flags_come_from_the_config():
-    config, given, resume = train.parse_arguments("--preset nano --lr-typo 1".split()[:2] + ["--no-ema-ramp", "--resume"])
-    assert config.model == "nano" and config.ema_ramp is False and resume and given == {"ema_ramp": False}
+    config, given, resume = train.parse_arguments(["--preset", "nano", "--no-ema-ramp", "--resume"])
+    assert config.model == "nano" and config.ema_ramp is False and resume
+    assert given == {"preset": "nano", "ema_ramp": False}
     assert train.parse_arguments(["--preset", "B", "--losses", "ar"])[0].name == "B-ar"
     assert train.parse_arguments(["--preset", "B"])[0].crop_ratios == (1.1, 1.05)
-    for name in train.PRESETS:
-        config, *_ = train.parse_arguments(["--preset", name, "--data", "images", "--tokenizer", "vq.pt"])
-        train.check_config(config, 1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for name in train.PRESETS:
+            config, *_ = train.parse_arguments(["--preset", name, "--data", "images", "--tokenizer", "vq.pt"])
+            train.check_config(config, 1)
+            for key, (low, high) in train.RANGES.items():  # whatever a preset sets could also be written
+                value = getattr(config, key)
+                assert all(low <= x <= high for x in (value if key == "crop_ratios" else [value])), (name, key)
+    numbers = {field.name for field in train.fields(train.Config) if field.type not in (str, bool)}
+    assert numbers == train.RANGES.keys()
+
+
+def test_every_number_has_its_range():
+    """nan, infinity, words and what lies outside are refused by argparse in its last line, for every number."""
+    parser = argparse.ArgumentParser()
+    for field in train.fields(train.Config):
+        train.add_flag(parser, field, "")
+
+    def refused(flag, text):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                parser.parse_args([f"{flag}={text}"])
+            except SystemExit:
+                return said.getvalue().splitlines()[-1]
+        raise AssertionError(f"{flag}={text} is accepted")
+
+    for name, (low, high) in train.RANGES.items():
+        flag, whole = "--" + name.replace("_", "-"), train.Config.__annotations__[name] is int
+        for text in ["nan", "inf", "-inf", "many", "", low - 1] + [high + 1] * (high < math.inf) + ["1.5"] * whole:
+            assert f"argument {flag}: {text} is not a" in refused(flag, text), (flag, text)
+    assert "invalid choice" in refused("--preset", "huge") and "invalid choice" in refused("--model", "M")
+    with contextlib.redirect_stdout(io.StringIO()):
+        for name in ("..", ".", "a/b", "/tmp/x", "a\nb", "-x", "a" * 101, ".lock"):
+            refuses(ValueError, "--name folder", train.parse_arguments, ["--preset=nano", f"--name={name}"])
+        for device in ("banana", "mps", "cpu:0", "cuda:x", "cuda:77"):
+            refuses(ValueError, "--device", train.parse_arguments, ["--preset=nano", f"--device={device}"])
 
 
 def test_two_processes_equal_one():
