@@ -873,6 +873,77 @@ def test_killed_and_resumed_is_bit_identical():
     assert nothing.returncode == 1 and "nothing to resume" in nothing.stderr and "whole" in nothing.stderr
 
 
+def train_here(name, *args):
+    """train.py's main in this process, in the workshop; returns what it printed."""
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    place, said = os.getcwd(), io.StringIO()
+    try:
+        os.chdir(workshop()[1])
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+            settings = [] if "--resume" in args else SMALL  # a resumed run has its own
+            train.main([*settings, "--name", name, *map(str, args)])
+    finally:
+        os.chdir(place)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+    return said.getvalue()
+
+
+def test_divergence_stops_before_it_is_saved():
+    """The first step moves the weights to 1e29; the checkpoint stays the one from before."""
+    settings = ["--steps", 8, "--base-lr", 1e30, "--samples", 0]
+    for name, log_every in (("diverged", 8), ("diverged-early", 2)):
+        refuses(ValueError, f"loss of step 2 not finite {name}", train_here, name, *settings, "--log-every", log_every)
+        assert checkpoint(name)["step"] == 0 and metrics(name) == []
+    path = workshop()[1] / "runs" / "diverged" / "checkpoint.pt"
+    content = checkpoint("diverged")
+    content["model"]["norm.weight"][3] = math.nan
+    torch.save(content, path)
+    refuses(ValueError, "checkpoint.pt norm.weight nan", model.load_model, path)
+    refuses(ValueError, "checkpoint.pt norm.weight nan", train_here, "diverged", "--resume")
+
+
+def test_a_damaged_run_says_how_to_go_on():
+    """Every file of a run changed, one at a time: one sentence, and nothing is trained or overwritten."""
+    train_here("kept", "--steps", 4, "--save-every", 2, "--samples", 0)
+    folder, good = workshop()[1] / "runs" / "kept", checkpoint("kept")
+    whole = (folder / "checkpoint.pt").read_bytes()
+    weights = whole.index(good["model"]["output.weight"].numpy().tobytes())
+    flipped = whole[:weights] + bytes([whole[weights] ^ 1]) + whole[weights + 1:]
+    vq = tokenizer.VQModel(tokenizer.load_tokenizer(folder / "tokenizer.pt").config)
+    without_step = {key: value for key, value in good.items() if key != "step"}
+    later = good | {"config": good["config"] | {"warp": 9}}
+
+    def saved(content):
+        return lambda file: torch.save(content, file)
+
+    for words, name, write in (
+        ("damaged rename previous.pt", "checkpoint.pt", lambda file: file.write(flipped)),
+        ("damaged rename previous.pt", "checkpoint.pt", lambda file: file.write(whole[:1000])),
+        ("lacks step rename previous.pt", "checkpoint.pt", saved(without_step)),
+        ("another version", "checkpoint.pt", saved(later)),
+        ("no checkpoint rename previous.pt", "checkpoint.pt", None),
+        ("tokenizer.pt damaged", "tokenizer.pt", lambda file: file.write(b"PK")),
+        ("tokenizer.pt is not the tokenizer", "tokenizer.pt",
+         saved({"model": vq.state_dict(), "vq_config": vars(vq.config)})),
+        ("metrics.jsonl damaged delete 'rubbish'", "metrics.jsonl", lambda file: file.write(b"rubbish\n")),
+    ):
+        kept = (folder / name).read_bytes()
+        tokenizer.write_file(folder / name, write) if write else (folder / name).unlink()
+        there = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+        refuses((ValueError, OSError), words, train_here, "kept", "--resume")
+        assert there == {path.name: path.read_bytes() for path in folder.glob("*.*")}, words
+        (folder / name).write_bytes(kept)
+    for words, args in (("exists --resume", []), ("preset tiny", ["--resume", "--preset", "tiny"])):
+        refuses(ValueError, words, train_here, "kept", *args)
+    with tokenizer.locked(folder):
+        refuses(ValueError, "another process", train_here, "kept", "--resume")
+    os.replace(folder / "previous.pt", folder / "checkpoint.pt")  # as the sentence says
+    assert checkpoint("kept")["step"] == 2
+    assert "Done" in train_here("kept", "--resume")
+    assert all(same(checkpoint("kept")[key], good[key]) for key in ("model", "ema", "projector", "optimizer"))
+
+
 def test_ctrl_c_saves_and_says_how_to_resume():
     process = run_train("stopped", "--steps", 2000, "--save-every", 1000, popen=True)
     wait_for_step("stopped", 2, process)

@@ -356,13 +356,9 @@ class Run(NamedTuple):
 
 def refuse_used_folder(config: Config) -> None:
     """Raise ValueError or OSError, in one sentence, if a new run cannot be written to its folder."""
-    folder = config.folder
-    if (folder / "checkpoint.pt").exists():
-        raise ValueError(f"{folder} exists; go on with it (--resume) or choose another --name.")
-    if (folder / "metrics.jsonl").exists():
-        raise ValueError(f"{folder} holds a run without its checkpoint.pt; put that back and --resume, or "
-                         "choose another --name.")
-    tokenizer.check_output(folder / "checkpoint.pt")
+    if any((config.folder / name).exists() for name in ("checkpoint.pt", "previous.pt", "metrics.jsonl")):
+        raise ValueError(f"{config.folder} exists; go on with it (--resume) or choose another --name.")
+    tokenizer.check_output(config.folder / "checkpoint.pt")
 
 
 def read_run(config: Config, given: dict) -> tuple[Config, dict]:
@@ -599,42 +595,35 @@ def save(run: Run, step: int) -> None:
         student.train()
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines behind `step` from metrics.jsonl, and half a line that a kill may have left.
-
-    Raises ValueError, in one sentence, if another line is damaged.
-    """
-    kept = []
-    for number, text in enumerate(path.read_text().splitlines(keepends=True) if path.exists() else [], 1):
-        try:
-            if text.endswith("\n") and json.loads(text)["step"] <= step:
-                kept.append(text)
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path} is damaged in line {number}; delete that line, then resume.") from None
-    tokenizer.write_file(path, lambda file: file.write("".join(kept).encode()))
-
-
 def open_folder(run: Run) -> None:
-    """Fill runs/<name> for a new run, or cut the metrics of a resumed one back to its checkpoint."""
-    folder = run.config.folder
+    """Fill runs/<name> for a new run, or cut the metrics of a resumed one back to its checkpoint.
+
+    Raises ValueError, in one sentence, if a line of metrics.jsonl is damaged.
+    """
+    folder, metrics, kept = run.config.folder, run.config.folder / "metrics.jsonl", []
     for left in folder.glob(".*.tmp"):  # by writers that were killed; nobody else may write here now
         left.unlink()
-    if run.start == 0:
+    if not (folder / "checkpoint.pt").exists():
+        if sum(p.numel() for p in run.vq.parameters()) < 5e6:  # so that a run that is moved still samples
+            tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)
+            sample.save_reconstructions(folder / "reconstructions.png", run.vq, run.config)
         save(run, 0)
-    cut_metrics(folder / "metrics.jsonl", run.start)
-    text = json.dumps(asdict(run.config), indent=1)
-    tokenizer.write_file(folder / "config.json", lambda file: file.write(text.encode()))
-    small = sum(p.numel() for p in run.vq.parameters()) < 5e6
-    if small and run.start == 0:  # so that a run that is moved still samples
-        tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)
-        sample.save_reconstructions(folder / "reconstructions.png", run.vq, run.config)
+    for text in metrics.read_text().splitlines(keepends=True) if metrics.exists() else []:
+        try:
+            if text.endswith("\n") and json.loads(text)["step"] <= run.start:  # a kill may leave half a line
+                kept.append(text)
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{metrics} is damaged; delete this line of it: {text.strip()[:60]!r}") from None
+    tokenizer.write_file(metrics, lambda file: file.write("".join(kept).encode()))
+    settings = json.dumps(asdict(run.config), indent=1)
+    tokenizer.write_file(folder / "config.json", lambda file: file.write(settings.encode()))
 
 
 def wrapped(run: Run) -> nn.Module:
     """run.objective: in DDP if there are several processes, and compiled on a GPU, if that is possible."""
     forward = run.objective
     if run.world > 1:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     if run.device.type != "cuda" or not run.config.compile:
         return forward
     if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):  # what Triton looks for
@@ -644,14 +633,11 @@ def wrapped(run: Run) -> nn.Module:
     return forward
 
 
-def train(run: Run) -> None:
-    """All steps of a run, with logs, validation, pictures and checkpoints; a signal saves and leaves."""
+def train(run: Run, caught: list[int]) -> None:
+    """All steps of a run, with logs, validation, pictures and checkpoints; a signal makes it save and exit."""
     config, forward = run.config, wrapped(run)
     if run.rank == 0:
         open_folder(run)
-    caught = []  # a signal is noted, and obeyed between two steps
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda number, frame: caught.append(number))
     tokens_per_step = config.batch * config.views * run.cache.tokens.shape[2]
     history, timed, clock = [], 0, time.time()  # logs since the last line; steps timed since `clock`
     bar = tqdm(batches(run), config.name, run.steps, initial=run.start, disable=run.rank != 0)
@@ -703,7 +689,19 @@ def main(argv: list[str] | None = None) -> None:
     them or a signal ended the run.
     """
     with ExitStack() as held:
-        train(set_up(*parse_arguments(argv), held))
+        run = set_up(*parse_arguments(argv), held)
+        caught = []  # a signal is noted, and obeyed between two steps
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, lambda number, frame: caught.append(number))
+        try:
+            train(run, caught)
+        except RuntimeError:
+            if run.world > 1:
+                time.sleep(5)  # if another process has died, torchrun ends this one too, by SIGTERM
+                if caught:
+                    raise ConnectionError("another process of this run died; --resume goes on from the last "
+                                          f"checkpoint in {run.config.folder}.") from None
+            raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
