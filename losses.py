@@ -8,13 +8,22 @@ middle-layer feature tell its own image from the others of the batch, as seen fr
 another view (Eq. 7) by the teacher. Nothing of this is left at sampling time.
 
 Plain functions of tensors; they run on a CPU and need no process group. Every choice is tagged "paper:"
-where the paper states it, "our choice:" where it leaves room.
+where the paper states it, "our choice:" where it leaves room. Where everything is:
 
-Shapes in comments: B images on this process, B_all images on all of them, V views of each image, T tokens,
-K sampled positions, C width, S slots (see `info_nce`). The order of a (B V) axis is image-major: row b V + m.
+    Eq. 2    losses.ar_loss            next-token prediction
+    Eq. 3    losses.sample_key_mask    the hidden keys, which model.Transformer.forward applies
+    Eq. 4    losses.mim_loss           student against teacher, last layer
+    Eq. 5    losses.projector          z = f(h), at losses.sample_positions
+    Eq. 6    losses.step_loss          InfoNCE between steps, through losses.info_nce
+    Eq. 7    losses.view_loss          InfoNCE between views, through losses.info_nce
+    Eq. 8    losses.total_loss         the sum
+    Fig. 3   train.Objective.forward   how all of it plays together
+
+Shapes in comments: B images on this process, B_all images on all of them, V views of each image, T tokens, n
+codes, K sampled positions, C width, S slots (see `info_nce`). A (B V) axis is image-major: row b V + m.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -26,7 +35,7 @@ from torch import nn
 def sample_key_mask(batch: int, num_tokens: int, ratio: float, generator: torch.Generator) -> torch.Tensor:
     """The sequence masks of Eq. 3: bool (batch, T), True where a key is hidden from all queries.
 
-    paper: a random fraction r of the positions, one set for all queries, heads and layers, anew in each step.
+    paper: a random fraction r = 0.25 of the positions, one set for all queries, heads and layers, drawn anew.
     our choice: exactly round(r (T - 1)) of the positions 1 ... T - 1, for the token's own query too. Position
     0, the class, stays visible: it is the only key of the first query, whose row would else be empty.
     Raises ValueError unless 0 <= r < 1.
@@ -39,7 +48,7 @@ def sample_key_mask(batch: int, num_tokens: int, ratio: float, generator: torch.
 
 
 def sample_positions(num_tokens: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """The K positions of Eq. 5, int64 (K,), distinct.
+    """The K positions of Eq. 5, int64 (K,), distinct. paper: K = 4.
 
     our choice: from 1 ... T - 1, the same for the whole batch, anew in each step. Position 0 has seen the
     class alone, so that all images of a class would be the same there.
@@ -81,13 +90,6 @@ def projector(dim: int) -> nn.Sequential:
                          nn.Linear(dim, dim), nn.LayerNorm(dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Inside, products of float32 tensors are float32: bfloat16 tells cosines of .99 and .992 not apart."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
              own_start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """InfoNCE over slots; anchors (S, B, C), targets (S, B_all, C). Returns loss and accuracy in [0, 1].
@@ -101,7 +103,8 @@ def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
     float32, also under autocast. The accuracy is the share of anchors closest to their positive.
     """
     a, t = F.normalize(anchors.float(), dim=-1), F.normalize(targets.float().detach(), dim=-1)
-    with without_autocast(a.device):
+    mixed = torch.amp.is_autocast_available(a.device.type)  # bfloat16 cannot tell .990 from .992
+    with torch.autocast(a.device.type, enabled=False) if mixed else nullcontext():
         logits = a @ t.mT / temperature  # (S, B, B_all)
     S, B, B_all = logits.shape
     positive = torch.arange(own_start, own_start + B, device=logits.device).repeat(S)  # (S B,)
@@ -147,7 +150,10 @@ def view_loss(z: torch.Tensor, target: torch.Tensor, temperature: float,
 
 
 def total_loss(terms: dict[str, torch.Tensor], alpha: float, beta: float) -> torch.Tensor:
-    """L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2; an absent term is 0, the /2 stays (Eq. 8)."""
+    """L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2; an absent term is 0, the /2 stays (Eq. 8).
+
+    `terms` holds "ar" and any of "mim", "step", "view". paper: alpha = 1, beta = 0.5.
+    """
     contrast = terms.get("step", 0) + terms.get("view", 0)
     return terms["ar"] + alpha * terms.get("mim", 0) + beta * contrast / 2
 

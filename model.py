@@ -277,10 +277,7 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
     state = dict(content["ema" if ema else "model"])
     table = state.pop("freqs_cis", None)  # a stray attribute in some of LlamaGen's files
     if "model_config" in content:
-        try:
-            config = ModelConfig(**content["model_config"])
-        except TypeError:
-            raise ValueError(f"{path} was written by another version of this code; use that.") from None
+        config = ModelConfig(**content["model_config"])
     else:
         vocab_size, dim = state["tok_embeddings.weight"].shape
         n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))

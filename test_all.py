@@ -8,10 +8,12 @@ Also collected by pytest. The last line is "N passed, N failed".
 
 import argparse
 import contextlib
+import inspect
 import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -473,6 +475,20 @@ def test_checkpoints_of_both_kinds():
 
 
 # ---- losses.py ---------------------------------------------------------------------------------------------
+
+def test_the_equation_map_is_true():
+    """Each line of the table in losses.py names a function whose own text names the equation or figure."""
+    scripts = {"losses": losses, "model": model, "train": train}
+    lines = re.findall(r"^    (Eq\. \d|Fig\. \d) +(\S+) +(.*)$", losses.__doc__, re.M)
+    assert [what for what, *_ in lines] == [f"Eq. {n}" for n in range(2, 9)] + ["Fig. 3"]
+    for what, name, rest in lines:
+        for path in (name, *re.findall(r"(?:losses|model|train)\.[\w.]+", rest)):
+            script, *attributes = path.split(".")
+            found = scripts[script]
+            for attribute in attributes:
+                found = getattr(found, attribute)
+            assert path != name or what.startswith("Fig") or what in inspect.getsource(found), (what, path)
+
 
 def test_key_masks():
     mask = losses.sample_key_mask(50, 64, 0.25, torch.Generator().manual_seed(0))

@@ -276,36 +276,32 @@ class Objective(nn.Module):
         """The four parts of a `Batch` -> {"loss": Eq. 8, "loss_ar": its first term, ..., "acc_step": ...}."""
         V, depth, last = self.config.views, self.config.depth, self.student.config.n_layer
         mim_on, step_on, view_on = (term in self.config.terms for term in ("mim", "step", "view"))
-        hide_keys = mim_on  # paper: keys are hidden exactly when L_MIM is on
-        images = classes  # (B,)
+        hide_keys = mim_on  # paper: exactly when L_MIM is on, yet a switch of its own
         tokens = tokens.flatten(0, 1)  # (B V, T): all views in one batch
-        inputs = tokens[:, :-1]  # [c, x_1 ... x_{T-1}], c being
-        classes = classes.repeat_interleave(V)  # (B V,)
+        inputs = tokens[:, :-1], classes.repeat_interleave(V)  # x_1 ... x_{T-1} and c, of each view
 
-        logits, hidden, _ = self.student(inputs, classes, key_mask=key_mask if hide_keys else None,
-                                         layers=(depth, last))
+        hidden_keys = key_mask if hide_keys else None
+        logits, hidden, _ = self.student(*inputs, key_mask=hidden_keys, layers=(depth, last))
         terms, log = {"ar": losses.ar_loss(logits, tokens)}, {}  # Eq. 2, under the mask of Eq. 3
         if mim_on or step_on or view_on:
             with torch.no_grad():  # nothing hidden, no gradient, no logits; blocks as far as needed
                 layers = (depth, last) if mim_on else (depth,)
-                target = self.teacher(inputs, classes, layers=layers, head=False).hidden
+                target = self.teacher(*inputs, layers=layers, head=False).hidden
         if mim_on:
             terms["mim"] = losses.mim_loss(hidden[last], target[last])  # Eq. 4
         if step_on or view_on:
-            z = by_slot(self.projector(hidden[depth][:, positions]), V)  # (V, K, B, C), Eq. 5
-            target = losses.gather_images(by_slot(target[depth][:, positions], V), dim=2)  # (V, K, B_all, C)
+            def by_slot(x):  # (B V, K, C) -> (V, K, B, C)
+                return x.unflatten(0, (-1, V)).permute(1, 2, 0, 3)
+
+            z = by_slot(self.projector(hidden[depth][:, positions]))  # (V, K, B, C), Eq. 5
+            target = losses.gather_images(by_slot(target[depth][:, positions]), dim=2)  # (V, K, B_all, C)
             own_start = self.rank * z.shape[2]  # of this process's images among those of all
             for name, on, loss in (("step", step_on, losses.step_loss), ("view", view_on, losses.view_loss)):
                 if on:  # Eqs. 6 and 7
                     terms[name], log[f"acc_{name}"] = loss(z, target, self.config.temperature, own_start)
-            log["acc_label"] = losses.label_accuracy(losses.gather_images(images, dim=0))
+            log["acc_label"] = losses.label_accuracy(losses.gather_images(classes, dim=0))
         total = losses.total_loss(terms, self.config.alpha, self.config.beta)  # Eq. 8
         return {"loss": total} | {f"loss_{name}": term for name, term in terms.items()} | log
-
-
-def by_slot(x: torch.Tensor, views: int) -> torch.Tensor:
-    """(B V, K, C) -> (V, K, B, C)."""
-    return x.unflatten(0, (-1, views)).permute(1, 2, 0, 3)
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
@@ -548,13 +544,6 @@ def diverged(run: Run, what: str) -> ValueError:
                       "again under another --name, with a lower --base-lr or a longer --warmup.")
 
 
-PANELS = {  # of loss.png: {title: {key in metrics.jsonl: legend}}
-    "next-token loss, nats": {"loss_ar": "training", "val_nll": "held out, nothing hidden"},
-    "added losses": {"loss_mim": "MIM", "loss_step": "step", "loss_view": "view"},
-    "contrastive accuracy": {"acc_step": "step", "acc_view": "view", "acc_label": "by the label alone"},
-}
-
-
 def report(run: Run, line: dict) -> None:
     """Append one line to metrics.jsonl; with a validation loss also redraw loss.png from all lines."""
     metrics = run.config.folder / "metrics.jsonl"
@@ -563,11 +552,12 @@ def report(run: Run, line: dict) -> None:
     if "val_nll" not in line:
         return
     lines, plots = [json.loads(text) for text in metrics.read_text().splitlines()], []
-    for title, legends in PANELS.items():
-        curves = {legend: [(line["step"], line[key]) for line in lines if key in line]
-                  for key, legend in legends.items() if key in line}
+    for keys in (("loss_ar", "val_nll"), ("loss_mim", "loss_step", "loss_view"),
+                 ("acc_step", "acc_view", "acc_label")):
+        curves = {key: [(old["step"], old[key]) for old in lines if key in old] for key in keys}
+        curves = {key: points for key, points in curves.items() if points}
         if curves:
-            plots.append(np.asarray(sample.line_plot(curves, title, "step", "", height=300)))
+            plots.append(np.asarray(sample.line_plot(curves, run.config.name, "step", "", height=300)))
     sample.save_image(metrics.with_name("loss.png"), Image.fromarray(np.concatenate(plots)))
 
 
@@ -634,7 +624,7 @@ def wrapped(run: Run) -> nn.Module:
 
 
 def train(run: Run, caught: list[int]) -> None:
-    """All steps of a run, with logs, validation, pictures and checkpoints; a signal makes it save and exit."""
+    """All steps of a run, with logs, validation, pictures, checkpoints; a signal makes it save and exit."""
     config, forward = run.config, wrapped(run)
     if run.rank == 0:
         open_folder(run)
