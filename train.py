@@ -276,11 +276,11 @@ class Objective(nn.Module):
         """The four parts of a `Batch` -> {"loss": Eq. 8, "loss_ar": its first term, ..., "acc_step": ...}."""
         V, depth, last = self.config.views, self.config.depth, self.student.config.n_layer
         mim_on, step_on, view_on = (term in self.config.terms for term in ("mim", "step", "view"))
-        hide_keys = mim_on  # paper: exactly when L_MIM is on, yet a switch of its own
+        masking_on = mim_on  # paper: the student's keys are hidden exactly when L_MIM is on
         tokens = tokens.flatten(0, 1)  # (B V, T): all views in one batch
         inputs = tokens[:, :-1], classes.repeat_interleave(V)  # x_1 ... x_{T-1} and c, of each view
 
-        hidden_keys = key_mask if hide_keys else None
+        hidden_keys = key_mask if masking_on else None
         logits, hidden, _ = self.student(*inputs, key_mask=hidden_keys, layers=(depth, last))
         terms, log = {"ar": losses.ar_loss(logits, tokens)}, {}  # Eq. 2, under the mask of Eq. 3
         if mim_on or step_on or view_on:
