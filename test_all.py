@@ -8,10 +8,12 @@ Also collected by pytest. The last line is "N passed, N failed".
 
 import argparse
 import contextlib
+import inspect
 import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -663,6 +665,18 @@ def test_first_loss_is_ln_v():
     assert abs(loss.item() - math.log(37)) < 1e-5
 
 
+def test_golden_numbers():
+    """Logits for weights that are sines, once compared with LlamaGen's own code (gpt.py): identical."""
+    net = model.Transformer(model.ModelConfig(2, 2, 32, vocab_size=11, num_classes=5, num_tokens=16)).eval()
+    for i, (name, p) in enumerate(sorted(net.named_parameters())):
+        p.data = (torch.arange(p.numel(), dtype=torch.float64) * (i + 1.7)).sin().float().view_as(p) * 0.3
+    tokens = torch.arange(15)[None] * 7 % 11
+    logits = net(tokens, torch.tensor([3])).logits[0]
+    golden = torch.tensor([[0.10951, 0.07414, -0.13105], [0.01360, 0.01328, -0.01746],
+                           [0.02300, 0.03490, -0.03314], [-0.00973, 0.06617, -0.00949]])
+    assert torch.allclose(logits[[0, 1, 7, 15]][:, [0, 5, 10]], golden, atol=2e-5)
+
+
 def test_causality():
     net, (tokens, classes) = tiny_model(), some_tokens()
     a = net(tokens, classes).logits
@@ -704,7 +718,7 @@ def test_explicit_attention_equals_fused():
 
 
 def test_attention_against_the_formula():
-    """One layer by hand: complex rotation by 2D positions, zero class query and key, softmax(Q K^T / sqrt(D)) V."""
+    """One layer by hand: complex rotation by 2D positions, zero class query and key, attention's formula."""
     net, (tokens, classes) = tiny_model(), some_tokens(batch=1)
     x = torch.cat([net.cls_embedding["embedding_table"](classes)[:, None], net.tok_embeddings(tokens)], 1)
     layer = net.layers[0]
@@ -732,7 +746,8 @@ def test_attention_against_the_formula():
 def test_cached_equals_uncached():
     net, (tokens, classes) = tiny_model(), some_tokens()
     whole, cache = net(tokens, classes).logits, net.new_cache(3)
-    parts = [net(tokens[:, :n], classes, cache=cache).logits for n in (0, 1, 2, 5, 6, 15)]  # steps of 1, 3 and 9 too
+    lengths = (0, 1, 2, 5, 6, 15)  # steps of 1, 3 and 9
+    parts = [net(tokens[:, :n], classes, cache=cache).logits for n in lengths]
     assert [part.shape[1] for part in parts] == [1, 1, 1, 3, 1, 9]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
@@ -755,12 +770,14 @@ def test_checkpoints_of_both_kinds():
         torch.save(ours, path)
         again, rest = model.load_model(path)
         assert torch.equal(again(tokens, classes).logits, net(tokens, classes).logits) and rest["step"] == 3
-        assert not torch.equal(model.load_model(path, ema=True)[0](tokens, classes).logits, net(tokens, classes).logits)
+        teacher, _ = model.load_model(path, ema=True)
+        assert not torch.equal(teacher(tokens, classes).logits, net(tokens, classes).logits)
 
         model.SIZES["test"] = (3, 2, 32)  # LlamaGen's files do not say how many heads there are
         try:
             state = net.state_dict()
-            for content in (state, {"model": state, "args": argparse.Namespace(image_size=64, downsample_size=16)},
+            arguments = argparse.Namespace(image_size=64, downsample_size=16)
+            for content in (state, {"model": state, "args": arguments},
                             {"model": state | {"freqs_cis": torch.zeros(17, 8, 2)}, "steps": 7}):
                 torch.save(content, path)
                 again, _ = model.load_model(path, image_size=64)
@@ -772,8 +789,8 @@ def test_checkpoints_of_both_kinds():
             del model.SIZES["test"]
         torch.save(state, path)
         refuses(ValueError, "3 layers width 32", model.load_model, path)
-        torch.save({"model": {"tok_embeddings.weight": torch.zeros(1), "cls_embedding.uncond_embedding": torch.zeros(1)}},
-                   path)
+        names = ("tok_embeddings.weight", "cls_embedding.uncond_embedding")
+        torch.save({"model": {name: torch.zeros(1) for name in names}}, path)
         refuses(ValueError, "text-conditional", model.load_model, path)
         torch.save({"model": {"quantize.embedding.weight": torch.zeros(1)}}, path)
         refuses(ValueError, "a VQ tokenizer", model.load_model, path)
@@ -783,6 +800,20 @@ def test_checkpoints_of_both_kinds():
 
 
 # ---- losses.py ---------------------------------------------------------------------------------------------
+
+def test_the_equation_map_is_true():
+    """Each line of the table in losses.py names a function whose own text names the equation or figure."""
+    scripts = {"losses": losses, "model": model, "train": train}
+    lines = re.findall(r"^    (Eq\. \d|Fig\. \d) +(\S+) +(.*)$", losses.__doc__, re.M)
+    assert [what for what, *_ in lines] == [f"Eq. {n}" for n in range(2, 9)] + ["Fig. 3"]
+    for what, name, rest in lines:
+        for path in (name, *re.findall(r"(?:losses|model|train)\.[\w.]+", rest)):
+            script, *attributes = path.split(".")
+            found = scripts[script]
+            for attribute in attributes:
+                found = getattr(found, attribute)
+            assert path != name or what.startswith("Fig") or what in inspect.getsource(found), (what, path)
+
 
 def test_key_masks():
     mask = losses.sample_key_mask(50, 64, 0.25, torch.Generator().manual_seed(0))
@@ -818,10 +849,21 @@ def nce_by_hand(anchor, targets, positive, temperature):
 def test_info_nce_is_the_double_loop():
     torch.manual_seed(0)
     a, t = torch.randn(3, 4, 6), torch.randn(3, 12, 6)
-    loss, accuracy = losses.info_nce(a, t, 0.3, offset=4)
+    loss, accuracy = losses.info_nce(a, t, 0.3, own_start=4)
     expected = np.mean([nce_by_hand(a[s, b], t[s], 4 + b, 0.3) for s in range(3) for b in range(4)])
     assert abs(loss.item() - expected) < 1e-5 and 0 <= accuracy <= 1
     assert losses.info_nce(t, t, 0.1)[1] == 1
+
+
+def test_losses_are_float32_under_autocast():
+    """Targets of mean cosine .99 are told apart; products in bfloat16 made most of them ties."""
+    torch.manual_seed(0)
+    targets = torch.randn(1, 1, 96) + 0.1 * torch.randn(2, 24, 96)
+    anchors = targets + 1e-3 * torch.randn_like(targets)
+    plain = losses.info_nce(anchors, targets, 0.2), losses.mim_loss(anchors, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = losses.info_nce(anchors, targets, 0.2), losses.mim_loss(anchors, targets)
+    assert same(plain, mixed) and plain[0][1] == 1
 
 
 def test_step_and_view_losses_are_equations_6_and_7():
@@ -839,7 +881,8 @@ def test_step_and_view_losses_are_equations_6_and_7():
 
 
 def test_total_loss():
-    terms = {name: torch.tensor(value) for name, value in (("ar", 1.0), ("mim", 10.0), ("step", 100.0), ("view", 300.0))}
+    values = {"ar": 1.0, "mim": 10.0, "step": 100.0, "view": 300.0}
+    terms = {name: torch.tensor(value) for name, value in values.items()}
     assert losses.total_loss(terms, 0.5, 0.1) == 1 + 5 + 20
     assert losses.total_loss({"ar": terms["ar"], "view": terms["view"]}, 0.5, 0.1) == 1 + 15  # the /2 stays
 
@@ -861,7 +904,8 @@ def test_ema_and_no_gradient_for_the_teacher():
 # ---- train.py ----------------------------------------------------------------------------------------------
 
 def a_config(**changes):
-    return train.Config(**dict(model="nano", depth=2, batch=8, data="images", device="cpu", image_size=16) | changes)
+    settings = dict(model="nano", depth=2, batch=8, data="images", device="cpu", image_size=16)
+    return train.Config(**settings | changes)
 
 
 def a_cache(images=20, views=10, tokens=16):
@@ -898,44 +942,52 @@ def test_an_epoch_visits_each_image_once_with_different_views():
         assert len(set(seen)) == 15 and 3 not in seen
 
 
-def a_student(config, seed=0):
-    net = tiny_model(seed, n_layer=4, dim=96, n_head=3, num_classes=4).train()
-    return train.Student(net, config.depth, "step" in config.losses or "view" in config.losses)
+def an_objective(config, rank=0, **changes):
+    """A student of 4 layers, its projector, and a teacher that is not its copy."""
+    changes = dict(n_layer=4, dim=96, n_head=3, num_classes=4) | changes
+    objective = train.Objective(config, tiny_model(**changes).train(), rank)
+    objective.teacher.load_state_dict(tiny_model(5, **changes).state_dict())
+    return objective
+
+
+ALL_LOSSES = ("ar", "ar+mim", "ar+step", "ar+view", "ar+mim+step", "ar+step+view", "ar+mim+step+view")
 
 
 def test_which_loss_runs_what():
     """An AR run has no teacher forward and no mask; masking is on exactly when L_MIM is."""
     batch = train.draw_batch(a_config(), a_cache(), 0, 0, 1)
-    for on in ("ar", "ar+mim", "ar+step", "ar+step+view", "ar+mim+step+view"):
+    for on in ALL_LOSSES:
         config, masks, teacher_calls = a_config(losses=on), [], []
-        student, teacher = a_student(config), tiny_model(5, n_layer=4, dim=96, n_head=3, num_classes=4)
-        student.model.register_forward_pre_hook(
+        objective = an_objective(config)
+        objective.student.register_forward_pre_hook(
             lambda module, args, kwargs: masks.append(kwargs["key_mask"]), with_kwargs=True)
-        teacher.register_forward_hook(lambda module, args, kwargs, out: teacher_calls.append(kwargs), with_kwargs=True)
-        log = train.compute_losses(student, teacher, batch, config, 0)
+        objective.teacher.register_forward_hook(
+            lambda module, args, kwargs, out: teacher_calls.append(kwargs), with_kwargs=True)
+        log = objective(*batch)
         assert (masks[0] is not None) == ("mim" in on) and len(teacher_calls) == (on != "ar")
         assert all(call["head"] is False and "key_mask" not in call for call in teacher_calls)
-        assert {name for name in log if name.startswith("loss_")} == {f"loss_{name}" for name in on.split("+")}
+        assert [name for name in log if name.startswith("loss_")] == [f"loss_{name}" for name in config.terms]
         log["loss"].backward()
-        assert all(p.grad is None for p in teacher.parameters())
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
+        assert all(p.grad is None for p in objective.teacher.parameters())
+        trained = [*objective.student.parameters(), *objective.projector.parameters()]
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
 
 
 def test_losses_of_a_batch_by_hand():
-    """compute_losses pairs views, positions and images as Eqs. 4, 6 and 7 say."""
+    """An Objective pairs views, positions and images as Eqs. 4, 6 and 7 say."""
     config = a_config(temperature=0.5)
-    batch, student = train.draw_batch(config, a_cache(), 0, 0, 1), a_student(config)
-    teacher = tiny_model(5, n_layer=4, dim=96, n_head=3, num_classes=4)
-    log = train.compute_losses(student, teacher, batch, config, 0)
+    batch, objective = train.draw_batch(config, a_cache(), 0, 0, 1), an_objective(config)
+    log = objective(*batch)
     z, h, mim = {}, {}, []
     for b in range(8):
         for m in range(2):
             tokens, c = batch.tokens[b:b + 1, m, :-1], batch.classes[b:b + 1]
-            s = student.model(tokens, c, key_mask=batch.key_mask[2 * b + m][None], layers=(2, 4)).hidden
-            t = teacher(tokens, c, layers=(2, 4)).hidden
+            mask = batch.key_mask[2 * b + m][None]
+            s = objective.student(tokens, c, key_mask=mask, layers=(2, 4)).hidden
+            t = objective.teacher(tokens, c, layers=(2, 4)).hidden
             mim.append(losses.mim_loss(s[4], t[4]).item())
             for k in batch.positions.tolist():
-                z[b, m, k], h[b, m, k] = student.projector(s[2][0, k]), t[2][0, k]
+                z[b, m, k], h[b, m, k] = objective.projector(s[2][0, k]), t[2][0, k]
     K = batch.positions.tolist()
     step = np.mean([nce_by_hand(z[b, m, i], [h[other, m, j] for other in range(8)], b, 0.5)
                     for b in range(8) for m in range(2) for i in K for j in K if i != j])
@@ -947,13 +999,106 @@ def test_losses_of_a_batch_by_hand():
     assert abs(log["loss"].item() - expected) < 1e-4
 
 
+def test_networks_and_losses_are_one_graph():
+    """fullgraph refuses whatever torch.compile would break the graph at, and so store the logits for."""
+    for on in ("ar", "ar+mim", "ar+view", "ar+mim+step+view"):
+        config = a_config(losses=on)
+        batch, objective = train.draw_batch(config, a_cache(), 0, 0, 1), an_objective(config, n_layer=2)
+        torch._dynamo.reset()
+        graph = torch.compile(objective, backend="eager", fullgraph=True)
+        assert same(graph(*batch), objective(*batch)), on
+
+
+def test_a_step_on_a_device_without_data():
+    """A tensor of the host or a shape that depends on data would stall a GPU; on meta tensors it fails."""
+    for on in ALL_LOSSES:
+        config = a_config(losses=on)
+        batch = [x.to("meta") for x in train.draw_batch(config, a_cache(), 0, 0, 1)]
+        objective = an_objective(config).to("meta")
+        log = objective(*batch)
+        log["loss"].backward()
+        losses.update_ema(objective.teacher, objective.student, 0.9)
+        assert all(value.shape == () and value.is_meta for value in log.values())
+
+
+def a_run(config, objective, steps=4):
+    cpu = torch.device("cpu")
+    optimizer = train.make_optimizer(objective, config)
+    return train.Run(config, 0, 1, cpu, False, None, a_cache(), a_cache(), objective, optimizer, 0, steps)
+
+
+def test_an_optimizer_step_by_hand():
+    """Two steps from the draw to the EMA: clipping, AdamW's formula, decay of matrices alone, the teacher."""
+    config = a_config(clip=0.05, weight_decay=0.3, base_lr=0.32, warmup=3, ema=0.9)
+    objective, twin = an_objective(config), an_objective(config)
+    run = a_run(config, objective)
+    trained = [*twin.student.parameters(), *twin.projector.parameters()]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in trained]
+    for step, batch in enumerate(train.batches(run)):
+        assert same(list(batch), list(train.draw_batch(config, run.cache, step, 0, 1)))
+        log = train.train_step(run, objective, batch, step)
+        gradients = torch.autograd.grad(twin(*batch)["loss"], trained)
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        assert norm > config.clip and abs(log["grad_norm"] / norm - 1) < 1e-4
+        rate = 0.01 * (step + 1) / 3 * (0.05 + 0.95 * (1 + math.cos(math.pi * step / 4)) / 2)
+        for p, g, (m, v) in zip(trained, gradients, moments):
+            g = g * config.clip / norm
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.95).add_(0.05 * g ** 2)
+            m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.95 ** (step + 1))
+            decay = 0.3 * (p.ndim > 1)
+            p.data -= rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * p.data)
+        keep = 1 - 0.1 * (1 + math.cos(math.pi * step / 4)) / 2
+        for old, new in zip(twin.teacher.parameters(), twin.student.parameters()):
+            old.data = keep * old + (1 - keep) * new
+        if step == 1:
+            break
+    start = an_objective(config).state_dict()
+    for name, value in objective.state_dict().items():
+        off, moved = (value - twin.state_dict()[name]).norm(), (value - start[name]).norm()
+        assert off <= 1e-3 * moved, (name, off, moved)
+
+
+def test_dropout_is_new_in_every_step_and_never_the_teachers():
+    config = a_config(base_lr=1e-12, weight_decay=0.0, ema=1.0)
+    objective = an_objective(config, dropout=0.5)
+    run, batch = a_run(config, objective), train.draw_batch(config, a_cache(), 0, 0, 1)
+    first, second, again = (train.train_step(run, objective, batch, step)["loss_ar"] for step in (0, 1, 0))
+    assert abs(first - again) < 1e-4 < abs(first - second)
+    assert train.validation_loss(run) == train.validation_loss(run)  # no dropout in there
+    assert all(module.training for module in objective.student.modules())  # and back to it afterwards
+    assert not any(module.training for module in objective.teacher.modules())
+
+
+def test_images_of_all_processes_in_rank_order():
+    """Two processes played by a stand-in: rank 1 sends what rank 0 has, plus 10."""
+    class Both:
+        is_initialized, get_world_size = (lambda: True), (lambda: 2)
+
+        def all_gather(parts, x):
+            for rank, part in enumerate(parts):
+                part.copy_(x + 10 * rank)
+
+    kept, losses.dist = losses.dist, Both
+    try:
+        x = torch.arange(6.0).view(1, 2, 3).mT  # not contiguous
+        assert losses.gather_images(x, dim=2).tolist() == [[[0, 3, 10, 13], [1, 4, 11, 14], [2, 5, 12, 15]]]
+    finally:
+        losses.dist = kept
+
+
 def test_schedules():
-    config = a_config(base_lr=1e-3, batch=512, warmup=10)
-    assert abs(train.learning_rate(config, 9, 100) - 2e-3 * (0.05 + 0.95 * (1 + math.cos(math.pi * 0.09)) / 2)) < 1e-9
-    assert abs(train.learning_rate(config, 0, 100) - 2e-4) < 1e-9 and train.learning_rate(config, 99, 100) < 1.1e-4
-    assert train.learning_rate(a_config(schedule="constant", base_lr=1e-4, batch=256, warmup=0), 77, 100) == 1e-4
-    assert train.ema_decay(a_config(ema=0.9999, ema_ramp=False), 50, 100) == 0.9999
-    assert train.ema_decay(a_config(ema=0.9), 0, 100) == 0.9 and train.ema_decay(a_config(ema=0.9), 100, 100) == 1
+    def rate(step, **changes):
+        return train.learning_rate(a_config(**dict(base_lr=1e-3, batch=512, warmup=10) | changes), step, 100)
+
+    def decay(step, **changes):
+        return train.ema_decay(a_config(**changes), step, 100)
+
+    assert abs(rate(9) - 2e-3 * (0.05 + 0.95 * (1 + math.cos(math.pi * 0.09)) / 2)) < 1e-9
+    assert abs(rate(0) - 2e-4) < 1e-9 and rate(99) < 1.1e-4
+    assert rate(77, schedule="constant", base_lr=1e-4, batch=256, warmup=0) == 1e-4
+    assert decay(50, ema=0.9999, ema_ramp=False) == 0.9999
+    assert decay(0, ema=0.9) == 0.9 and decay(100, ema=0.9) == 1
 
 
 def test_impossible_settings_get_one_sentence():
@@ -963,30 +1108,63 @@ def test_impossible_settings_get_one_sentence():
     check()
     for words, changes in {
         "write ar": dict(losses="mim"), "write ar,": dict(losses="ar+moco"), "layers 1 ... 4": dict(depth=5),
-        "10 crops": dict(views=11), "view loss compares at least 2": dict(views=1), "at least 2 --positions": dict(positions=1),
-        "multiple of 3 process(es)": dict(world=3), "2 images": dict(batch=1), "no CUDA": dict(device="cuda"),
-        "--clip positive": dict(clip=0.0), "--ema": dict(ema=1.5), "--crop-ratios": dict(crop_ratios=(0.9,)),
-        "vq_ds16_c2i.pt": dict(image_size=256),
+        "10 crops": dict(views=11), "view loss compares at least 2": dict(views=1),
+        "at least 2 --positions": dict(positions=1), "multiple of 3 process(es)": dict(world=3),
+        "2 images": dict(batch=1), "vq_ds16_c2i.pt": dict(image_size=256),
     }.items():
-        if "no CUDA" in words and torch.cuda.is_available():
-            continue
         refuses(ValueError, words, check, **changes)
     for changes, words in ((dict(positions=16), "K = 16"), (dict(mask_ratio=1.0), "mask ratio")):
         refuses(ValueError, words, train.draw_batch, a_config(**changes), a_cache(), 0, 0, 1)
+    refuses(ValueError, "--positions 16 15 behind", train.check_data, a_config(positions=16), a_cache(), {})
+    refuses(ValueError, "19 images fewer", train.check_data, a_config(batch=20), a_cache(), {})
 
 
 def test_flags_come_from_the_config():
-    config, given, resume = train.parse_arguments("--preset nano --lr-typo 1".split()[:2] + ["--no-ema-ramp", "--resume"])
-    assert config.model == "nano" and config.ema_ramp is False and resume and given == {"ema_ramp": False}
+    config, given, resume = train.parse_arguments(["--preset", "nano", "--no-ema-ramp", "--resume"])
+    assert config.model == "nano" and config.ema_ramp is False and resume
+    assert given == {"preset": "nano", "ema_ramp": False}
     assert train.parse_arguments(["--preset", "B", "--losses", "ar"])[0].name == "B-ar"
     assert train.parse_arguments(["--preset", "B"])[0].crop_ratios == (1.1, 1.05)
-    for name in train.PRESETS:
-        config, *_ = train.parse_arguments(["--preset", name, "--data", "images", "--tokenizer", "vq.pt"])
-        train.check_config(config, 1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for name in train.PRESETS:
+            config, *_ = train.parse_arguments(["--preset", name, "--data", "images", "--tokenizer", "vq.pt"])
+            train.check_config(config, 1)
+            for key, (low, high) in train.RANGES.items():  # whatever a preset sets could also be written
+                values = np.array(getattr(config, key))
+                assert (low <= values).all() and (values <= high).all(), (name, key)
+    numbers = {field.name for field in train.fields(train.Config) if field.type not in (str, bool)}
+    assert numbers == train.RANGES.keys()
+
+
+def test_every_number_has_its_range():
+    """nan, infinity, words and what lies outside are refused in one line by every flag for a number."""
+    parser = argparse.ArgumentParser()
+    for field in train.fields(train.Config):
+        train.add_flag(parser, field, "")
+
+    def refused(flag, text):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                parser.parse_args([f"{flag}={text}"])
+            except SystemExit:
+                return said.getvalue().splitlines()[-1]
+        raise AssertionError(f"{flag}={text} is accepted")
+
+    for name, (low, high) in train.RANGES.items():
+        flag, whole = "--" + name.replace("_", "-"), train.Config.__annotations__[name] is int
+        outside = [low - 1] + [high + 1] * (high < math.inf) + ["1.5"] * whole
+        for text in ["nan", "inf", "-inf", "many", "", *outside]:
+            assert f"argument {flag}: {text} is not a" in refused(flag, text), (flag, text)
+    assert "invalid choice" in refused("--preset", "huge") and "invalid choice" in refused("--model", "M")
+    with contextlib.redirect_stdout(io.StringIO()):
+        for name in ("..", ".", "a/b", "/tmp/x", "a\nb", "-x", "a" * 101, ".lock"):
+            refuses(ValueError, "--name folder", train.parse_arguments, ["--preset=nano", f"--name={name}"])
+        for device in ("banana", "mps", "cpu:0", "cuda:x", "cuda:77"):
+            refuses(ValueError, "--device", train.parse_arguments, ["--preset=nano", f"--device={device}"])
 
 
 def test_two_processes_equal_one():
-    """Losses to 1e-5; gradients of model and projector, read off AdamW's first moment after one step, to 1e-5 of
+    """Losses to 1e-5; gradients of model and projector, read off AdamW's first moment, to 1e-5 of
     their norm. The first moment is 0.1 times the clipped gradient."""
     runs = [run_train("dp1", "--steps", 1), run_train("dp2", "--steps", 1, processes=2)]
     assert all(run.returncode == 0 for run in runs), runs[-1].stderr[-3000:]
@@ -1020,7 +1198,7 @@ def wait_for_step(name, step, process):
 
 
 def test_killed_and_resumed_is_bit_identical():
-    """kill -9 in the middle of a run with dropout, then --resume: every tensor as in the uninterrupted run."""
+    """kill -9 in the middle of a run with dropout, then --resume: every tensor as in the undisturbed run."""
     settings = ["--steps", 12, "--save-every", 3, "--dropout", 0.1]
     whole = run_train("whole", *settings)
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -1042,6 +1220,78 @@ def test_killed_and_resumed_is_bit_identical():
         assert all(word in refused.stderr for word in words.split()), refused.stderr
     nothing = run_train("never", "--resume")
     assert nothing.returncode == 1 and "nothing to resume" in nothing.stderr and "whole" in nothing.stderr
+
+
+def train_here(name, *args):
+    """train.py's main in this process, in the workshop; returns what it printed."""
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    place, said = os.getcwd(), io.StringIO()
+    try:
+        os.chdir(workshop()[1])
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+            settings = [] if "--resume" in args else SMALL  # a resumed run has its own
+            train.main([*settings, "--name", name, *map(str, args)])
+    finally:
+        os.chdir(place)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+    return said.getvalue()
+
+
+def test_divergence_stops_before_it_is_saved():
+    """The first step moves the weights to 1e29; the checkpoint stays the one from before."""
+    settings = ["--steps", 8, "--base-lr", 1e30, "--samples", 0]
+    for name, log_every in (("diverged", 8), ("diverged-early", 2)):
+        words = f"loss of step 2 not finite {name}"
+        refuses(ValueError, words, train_here, name, *settings, "--log-every", log_every)
+        assert checkpoint(name)["step"] == 0 and metrics(name) == []
+    path = workshop()[1] / "runs" / "diverged" / "checkpoint.pt"
+    content = checkpoint("diverged")
+    content["model"]["norm.weight"][3] = math.nan
+    torch.save(content, path)
+    refuses(ValueError, "checkpoint.pt norm.weight nan", model.load_model, path)
+    refuses(ValueError, "checkpoint.pt norm.weight nan", train_here, "diverged", "--resume")
+
+
+def test_a_damaged_run_says_how_to_go_on():
+    """Every file of a run changed, one at a time: one sentence, and nothing is trained or overwritten."""
+    train_here("kept", "--steps", 4, "--save-every", 2, "--samples", 0)
+    folder, good = workshop()[1] / "runs" / "kept", checkpoint("kept")
+    whole = (folder / "checkpoint.pt").read_bytes()
+    weights = whole.index(good["model"]["output.weight"].numpy().tobytes())
+    flipped = whole[:weights] + bytes([whole[weights] ^ 1]) + whole[weights + 1:]
+    vq = tokenizer.VQModel(tokenizer.load_tokenizer(folder / "tokenizer.pt").config)
+    without_step = {key: value for key, value in good.items() if key != "step"}
+    later = good | {"config": good["config"] | {"warp": 9}}
+
+    def saved(content):
+        return lambda file: torch.save(content, file)
+
+    for words, name, write in (
+        ("damaged rename previous.pt", "checkpoint.pt", lambda file: file.write(flipped)),
+        ("damaged rename previous.pt", "checkpoint.pt", lambda file: file.write(whole[:1000])),
+        ("lacks step rename previous.pt", "checkpoint.pt", saved(without_step)),
+        ("another version", "checkpoint.pt", saved(later)),
+        ("no checkpoint rename previous.pt", "checkpoint.pt", None),
+        ("tokenizer.pt damaged", "tokenizer.pt", lambda file: file.write(b"PK")),
+        ("tokenizer.pt is not the tokenizer", "tokenizer.pt",
+         saved({"model": vq.state_dict(), "vq_config": vars(vq.config)})),
+        ("metrics.jsonl damaged delete 'rubbish'", "metrics.jsonl", lambda file: file.write(b"rubbish\n")),
+    ):
+        kept = (folder / name).read_bytes()
+        tokenizer.write_file(folder / name, write) if write else (folder / name).unlink()
+        there = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+        refuses((ValueError, OSError), words, train_here, "kept", "--resume")
+        assert there == {path.name: path.read_bytes() for path in folder.glob("*.*")}, words
+        (folder / name).write_bytes(kept)
+    for words, args in (("exists --resume", []), ("preset tiny", ["--resume", "--preset", "tiny"])):
+        refuses(ValueError, words, train_here, "kept", *args)
+    with tokenizer.locked(folder):
+        refuses(ValueError, "another process", train_here, "kept", "--resume")
+    os.replace(folder / "previous.pt", folder / "checkpoint.pt")  # as the sentence says
+    assert checkpoint("kept")["step"] == 2
+    assert "Done" in train_here("kept", "--resume")
+    assert all(same(checkpoint("kept")[key], good[key]) for key in ("model", "ema", "projector", "optimizer"))
 
 
 def test_ctrl_c_saves_and_says_how_to_resume():
