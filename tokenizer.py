@@ -927,7 +927,7 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["
         raise ValueError(f"image size {size} is no multiple of the tokenizer's factor {config.downsample}.")
     torch.manual_seed(seed)
     crops = Crops(images, size, seed, device, skip_corrupt)
-    net = train_perceptual(crops, len(images.classes), max(steps // 2, 1))
+    net = train_perceptual(crops, len(images.classes), max(steps // 2, 10))
     vq = VQModel(config).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(vq.parameters(), lr=lr, betas=(0.9, 0.95))
     used = torch.zeros(config.codebook_size, dtype=torch.bool, device=device)  # since the last restart
