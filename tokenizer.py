@@ -820,7 +820,7 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
     try:
         vq.load_state_dict(state)
     except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip()
+        detail = str(error).splitlines()[1].strip()[:200]
         raise ValueError(f"{path} is a tokenizer of another structure than vq_ds16: {detail}") from None
     return vq.eval().requires_grad_(False).to(device)
 
@@ -997,15 +997,21 @@ def evaluate_tokenizer(vq: VQModel, pixels: torch.Tensor, batch: int = 100) -> d
 
 
 def held_out_pixels(images: ImageSet, size: int, count: int, skip_corrupt: bool = False) -> torch.Tensor:
-    """Centre crops of `count` evenly spaced images, uint8 (N, S, S, 3); errors as `read_pixels`."""
+    """Centre crops of `count` evenly spaced images, uint8 (N, S, S, 3); errors as `read_pixels`.
+
+    Raises ValueError, too, if `skip_corrupt` leaves none.
+    """
     rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
     pixels = read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)), skip_corrupt)
-    return torch.from_numpy(np.stack([p for p in pixels if p is not None]))
+    pixels = [p for p in pixels if p is not None]
+    if not pixels:
+        raise ValueError(f"none of the {images.split} images of {images.source} can be read; get them again.")
+    return torch.from_numpy(np.stack(pixels))
 
 
 def print_quality(path: str | Path, vq: VQModel, settings) -> None:
     """One line about the tokenizer at `path` on at most 1000 held-out images; `settings` as below."""
-    images = open_images(settings.data, "val")
+    images = open_images(settings.data, "val", settings.subset)
     pixels = held_out_pixels(images, settings.image_size, 1000, settings.skip_corrupt)
     quality = evaluate_tokenizer(vq, pixels)
     print(f"{path}: PSNR {quality['psnr']:.2f} dB, {quality['usage']:.1%} of {vq.config.codebook_size} codes "
