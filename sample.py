@@ -376,6 +376,13 @@ def choose_precision(name: str, device: torch.device) -> str:
     return name or ("bf16" if native else "fp32")
 
 
+def to_bfloat16(model: Transformer) -> Transformer:
+    """Round the weights, in place, and thereby the cache; `model.to` would round the rotary table as well."""
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    return model
+
+
 @torch.no_grad()
 def compiled_decode(model: Transformer, rows: int) -> Callable:
     """`model.decode`, compiled for a batch of `rows`; as it is, and said, where that cannot be done."""
@@ -480,9 +487,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{path}: held-out images, and below each what the codes of {trained[0].name} keep of it")
         return
     precision = choose_precision(args.precision, device)
-    for one in trained if precision == "bf16" else []:
-        for p in one.model.parameters():  # the weights alone: the rotary table stays in float32
-            p.data = p.data.bfloat16()
+    if precision == "bf16":
+        for one in trained:
+            to_bfloat16(one.model)
     keys = ("cfg", "cfg_interval", "temperature", "top_k", "top_p", "resize_to")
     settings = {key: getattr(args, key) for key in keys}
     if args.npz:
