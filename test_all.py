@@ -767,12 +767,16 @@ def test_without_network_the_shapes_stand_in():
 
 def test_filters():
     logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.05, 0.05]]))
-    kept = [sample.filter_logits(logits, k, p).isfinite()[0].tolist() for k, p in ((2, 1.0), (4, 1.0), (0, 0.65), (0, 0.7))]
+
+    def kept_by(top_k, top_p):
+        return sample.filter_logits(logits, top_k, top_p).isfinite()[0].tolist()
+
+    kept = [kept_by(k, p) for k, p in ((2, 1.0), (4, 1.0), (0, 0.65), (0, 0.7))]
     assert kept[0] == [True, True, False, False, False]
     assert kept[1] == [True] * 5  # a tie with the fourth stays
     assert kept[2] == [True, True, False, False, False]  # the one that crosses p is kept
     assert kept[3][:2] == [True, True] and kept[3][3:] == [False, False]
-    assert sample.filter_logits(logits, 2, 0.5).isfinite()[0].tolist() == [True, False, False, False, False]  # 4/7 > .5
+    assert kept_by(2, 0.5) == [True, False, False, False, False]  # 4/7 > .5
 
 
 def test_generation_is_greedy_and_guided_as_defined():
@@ -787,7 +791,8 @@ def test_generation_is_greedy_and_guided_as_defined():
             tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
         fast = sample.generate(net, classes, cfg=cfg, cfg_interval=interval, temperature=0)
         assert torch.equal(fast, tokens)
-    draws = [sample.generate(net, classes, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    draws = [sample.generate(net, classes, generator=g) for g in generators]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -795,7 +800,8 @@ def test_draws_are_torch_multinomials():
     """The sampler's draw leaves out multinomial's checks, nothing else: LlamaGen's tokens stay LlamaGen's."""
     net, classes = tiny_model(vocab_size=500), torch.tensor([0, 3, 4])
     for top_k, top_p in ((0, 1.0), (7, 1.0), (0, 0.6)):
-        ours = sample.generate(net, classes, top_k=top_k, top_p=top_p, generator=torch.Generator().manual_seed(3))
+        g = torch.Generator().manual_seed(3)
+        ours = sample.generate(net, classes, top_k=top_k, top_p=top_p, generator=g)
         tokens, g = torch.zeros(3, 0, dtype=torch.long), torch.Generator().manual_seed(3)
         for _ in range(16):
             logits = sample.filter_logits(net(tokens, classes).logits[:, -1], top_k, top_p)
@@ -804,7 +810,7 @@ def test_draws_are_torch_multinomials():
 
 
 def test_a_decode_step_of_fixed_shape():
-    """What a GPU records once: the same logits as with the growing cache, one compilation for all positions."""
+    """What a GPU records once: the logits of the growing cache, and one compilation for all positions."""
     net, graphs = tiny_model(), []
 
     def count(graph, inputs):
@@ -854,7 +860,7 @@ def small_vq():
 def test_images_are_resized_as_llamagen_does():
     net, vq, classes = tiny_model(), small_vq(), torch.tensor([0, 3, 4])
     codes = sample.generate(net, classes, generator=torch.Generator().manual_seed(1))
-    pixels = F.interpolate(vq.decode(codes), size=(9, 9), mode="bicubic", align_corners=False, antialias=False)
+    pixels = F.interpolate(vq.decode(codes), size=(9, 9), mode="bicubic", antialias=False)
     ours = sample.sample_images(net, vq, classes, 1, resize_to=9)
     assert np.array_equal(ours, tokenizer.to_uint8(pixels).numpy()) and ours.shape == (3, 9, 9, 3)
     assert sample.sample_images(net, vq, classes, 1).shape == (3, 16, 16, 3)
@@ -864,7 +870,8 @@ def test_labels_are_balanced_from_the_first_image_on():
     labels = sample.mixed_labels(1234, 100)
     for start in range(0, 1200, 100):
         assert labels[start:start + 100].sort().values.tolist() == list(range(100))
-    assert labels[:100].tolist() != labels[100:200].tolist() and torch.equal(labels[:50], sample.mixed_labels(50, 100))
+    assert labels[:100].tolist() != labels[100:200].tolist()
+    assert torch.equal(labels[:50], sample.mixed_labels(50, 100))
 
 
 def test_npz_goes_on_with_its_own_parts_only():
@@ -900,11 +907,12 @@ def test_npz_goes_on_with_its_own_parts_only():
             os.environ.update(kept)
         whole, parts = np.load(folder / "whole.npz"), np.load(folder / "npz")
         assert np.array_equal(whole["arr_0"], parts["arr_0"]) and whole["arr_0"].shape == (10, 16, 16, 3)
-        assert np.array_equal(whole["arr_1"], sample.mixed_labels(10, 5)) and whole["classes"].tolist() == names
-        third = sample.sample_images(net, vq, sample.mixed_labels(10, 5)[6:9], 6, cfg=2.0)  # seeded by its place
+        labels = sample.mixed_labels(10, 5)
+        assert np.array_equal(whole["arr_1"], labels) and whole["classes"].tolist() == names
+        third = sample.sample_images(net, vq, labels[6:9], 6, cfg=2.0)  # a batch is seeded by its place
         assert np.array_equal(whole["arr_0"][6:9], third)
         assert json.loads(str(parts["protocol"]))["weights_digest"] == "B"
-        assert sorted(path.name for path in folder.iterdir()) == ["npz", "whole.npz"]  # nothing is left behind
+        assert sorted(path.name for path in folder.iterdir()) == ["npz", "whole.npz"]  # no part is left
 
 
 @lru_cache(maxsize=1)
@@ -948,31 +956,62 @@ def test_sampling_scripts():
     assert one["classes"].tolist() == [f"class{i}" for i in range(4)]
 
 
+def refuses_all(main, table, **places):
+    """Lines of `table`, "words | arguments": main refuses the arguments in one line with these words."""
+    for line in table.strip().splitlines():
+        words, arguments = line.split("|")
+        with contextlib.redirect_stderr(io.StringIO()):
+            text = refusal(main, *(word.format(**places) for word in arguments.split()))
+        assert all(word in text for word in words.split()), (line, text)
+
+
 def test_sampling_refuses():
     run, root = trained_run(), workshop()[1]
-    for words, argv in {
-        "class 4 0 ... 3": [run, "--classes", 4], "class -1": [run, "--classes", -1],
-        "no checkpoint": [root / "none"], "no checkpoint ": [root / "none.pt"], "run folder": [],
-        "run folder ": [run, "--gpt", "x.pt"],
-        "no tokenizer": [run, "--vq", root / "none.pt"], "holds a transformer": [run, "--vq", run / "checkpoint.pt"],
-        "--cfg -3 at least 1": [run, "--cfg", -3], "--cfg .5": [run, "--cfg", ".5"], "--cfg nan": [run, "--cfg", "nan"],
-        "--temperature inf": [run, "--temperature", "inf"], "--temperature -1": [run, "--temperature", -1],
-        "--top-p 1.5": [run, "--top-p", 1.5], "--top-k -1": [run, "--top-k", -1], "--seed -1": [run, "--seed", -1],
-        "--seed a whole": [run, "--seed", 1.5], "--resize-to 100000": [run, "--resize-to", 100000],
-        "--num and --npz": [run, "--num", 4], "--num and --npz ": [run, "--npz", "x"],
-        "--num 0": [run, "--npz", "x", "--num", 0], "--batch -1": [run, "--npz", "x", "--num", 4, "--batch", -1],
-        "no --classes": [run, "--npz", "x", "--num", 4, "--classes", 1], "--batch goes": [run, "--batch", 3],
-        "no --classes ": [run, "--npz", "x", "--num", 4, "--out", "y.png"], "--data": [run, "--data", "x"],
-        "takes no --classes": [run, "--reconstruct", "--classes", 1], "one run": [run, run, "--reconstruct"],
-        "one run ": [run, run, "--npz", "x", "--num", 4], "no folder that you": [run, "--out", root / "vq.pt" / "y.png"],
-        "is a folder": [run, "--out", root], "is a folder or": [run, "--npz", root / "a.npz", "--num", 3],
-        "banana cpu, cuda": [run, "--device", "banana"], "mps": [run, "--device", "mps"],
-        "cuda:77": [run, "--device", "cuda:77"], "cpu:0": [run, "--device", "cpu:0"],
-        "invalid choice": [run, "--precision", "fp64"],
-    }.items():
-        (root / "a.npz").mkdir(exist_ok=True)
-        text = refusal(sample.main, *argv)
-        assert all(word in text for word in words.split()), (argv, text)
+    (root / "a.npz").mkdir(exist_ok=True)
+    refuses_all(sample.main, """
+        class 4 0 ... 3         | {run} --classes 4
+        class -1                | {run} --classes -1
+        no checkpoint           | {root}/none
+        no checkpoint           | {root}/none.pt
+        name a run folder       | --cfg 2
+        name a run folder       | {run} --gpt x.pt
+        no tokenizer            | {run} --vq {root}/none.pt
+        holds a transformer     | {run} --vq {run}/checkpoint.pt
+        --cfg -3 at least 1     | {run} --cfg -3
+        --cfg .5                | {run} --cfg .5
+        --cfg nan               | {run} --cfg nan
+        --cfg-interval -2       | {run} --cfg-interval -2
+        --temperature inf       | {run} --temperature inf
+        --temperature -1        | {run} --temperature -1
+        --top-p 1.5             | {run} --top-p 1.5
+        --top-k -1              | {run} --top-k -1
+        --seed -1               | {run} --seed -1
+        --seed whole number     | {run} --seed 1.5
+        --resize-to 100000      | {run} --resize-to 100000
+        --image-size 0          | {run} --image-size 0
+        --num and --npz         | {run} --num 4
+        --num and --npz         | {run} --npz x
+        --num 0                 | {run} --npz x --num 0
+        --batch -1              | {run} --npz x --num 4 --batch -1
+        --batch goes            | {run} --batch 3
+        no --classes            | {run} --npz x --num 4 --classes 1
+        no --classes            | {run} --npz x --num 4 --out y.png
+        no --classes            | {run} --npz x --num 4 --reconstruct
+        --data go with          | {run} --data x
+        --subset go with        | {run} --subset x
+        takes no --classes      | {run} --reconstruct --classes 1
+        take one run            | {run} {run} --reconstruct
+        take one run            | {run} {run} --npz x --num 4
+        does not exist          | {run} --reconstruct --data {root}/nowhere
+        no folder that you      | {run} --out {root}/vq.pt/y.png
+        is a folder             | {run} --out {root}
+        is a folder             | {run} --npz {root}/a --num 3
+        banana cpu, cuda        | {run} --device banana
+        mps cpu, cuda           | {run} --device mps
+        cpu:0 cpu, cuda         | {run} --device cpu:0
+        cuda:77                 | {run} --device cuda:77
+        invalid choice          | {run} --precision fp64
+        """, run=run, root=root)
 
 
 def test_pictures():
@@ -990,25 +1029,28 @@ def test_pictures():
 
 
 def test_llamagens_files():
-    """Files in the published format, random weights: encode, decode and sample from them, as the command line does."""
+    """Files in the published format, random weights: encode, decode and sample from them."""
     _, root = workshop()
     torch.manual_seed(0)
     vq = tokenizer.VQModel(tokenizer.VQConfig()).eval()
     torch.save({"model": vq.state_dict()}, root / "vq_ds16.pt")
     net = model.Transformer(model.ModelConfig(*model.SIZES["nano"], num_tokens=16))
-    torch.save({"model": net.state_dict(), "steps": 1, "args": argparse.Namespace(image_size=64)}, root / "gpt.pt")
+    args = argparse.Namespace(image_size=64)
+    torch.save({"model": net.state_dict(), "steps": 1, "args": args}, root / "gpt.pt")
     again = tokenizer.load_tokenizer(root / "vq_ds16.pt")
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     assert torch.equal(again.encode(x), vq.encode(x)) and again.encode(x).shape == (2, 4)
     assert torch.equal(again.decode(again.encode(x)), vq.decode(vq.encode(x)))
-    said(sample.main, "--gpt", root / "gpt.pt", "--vq", root / "vq_ds16.pt", "--classes", 207, 360, "--cfg", 4.0,
-         "--out", root / "samples.png")
+    said(sample.main, "--gpt", root / "gpt.pt", "--vq", root / "vq_ds16.pt", "--classes", 207, 360,
+         "--cfg", 4.0, "--out", root / "samples.png")
     assert Image.open(root / "samples.png").width > 2 * 96
-    assert "add --vq" in refusal(sample.main, "--gpt", root / "gpt.pt")
-    for words, gpt, vq in (("holds a VQ tokenizer", "vq_ds16.pt", "vq_ds16.pt"), ("holds a transformer", "gpt.pt", "gpt.pt"),
-                           ("64 codes 16384", "gpt.pt", "vq.pt")):
-        text = refusal(sample.main, "--gpt", root / gpt, "--vq", root / vq)
-        assert all(word in text for word in words.split()), text
+    refuses_all(sample.main, """
+        add --vq                | --gpt {root}/gpt.pt
+        holds a VQ tokenizer    | --gpt {root}/vq_ds16.pt --vq {root}/vq_ds16.pt
+        holds a transformer     | --gpt {root}/gpt.pt --vq {root}/gpt.pt
+        64 codes 16384          | --gpt {root}/gpt.pt --vq {root}/vq.pt
+        add --data              | {root}/gpt.pt --vq {root}/vq_ds16.pt --reconstruct
+        """, root=root)
     (root / "vq_ds16.pt").unlink()
 
 
@@ -1077,7 +1119,7 @@ def test_probe_training_is_sgd_with_momentum_and_a_falling_rate():
 
 
 def test_probe_settings_are_chosen_on_other_images():
-    """Crops of one image are alike and labels random: on crops of the SAME images, learning by heart would win."""
+    """Crops of an image are alike, labels random: on crops of the SAME images learning by heart would win."""
     g = torch.Generator().manual_seed(0)
     images = torch.arange(60).repeat_interleave(4)
     x = torch.randn(60, 1, 64, generator=g)[images] + 0.1 * torch.randn(240, 1, 64, generator=g)
@@ -1089,7 +1131,7 @@ def test_probe_settings_are_chosen_on_other_images():
 
 
 def test_probe_reports_the_leak_of_a_true_class():
-    """Under the null class random codes say nothing about the label; under the true class the features give it away."""
+    """Random codes say nothing about a label under the null class; under the true class features tell it."""
     net, g = tiny_model(), torch.Generator().manual_seed(0)
     codes, labels = torch.randint(11, (900, 16), generator=g).numpy(), torch.randint(5, (900,), generator=g)
     accuracy = []
@@ -1123,8 +1165,9 @@ def test_attention_numbers():
     left[0, 1:, :-1] = torch.eye(T - 1)
     numbers = probe.attention_numbers(own, 4)
     assert numbers["itself"] == [1.0] and numbers["class"] == [0.0] and numbers["distance"] == [0.0]
-    numbers = probe.attention_numbers(left, 4)  # the first query sees the class, three sit at a row's beginning
-    assert np.allclose([numbers[kind][0] for kind in ("class", "neighbours", "elsewhere")], [1 / 16, 12 / 16, 3 / 16])
+    numbers = probe.attention_numbers(left, 4)  # the first query sees the class, three are first in a row
+    shares = [numbers[kind][0] for kind in ("class", "neighbours", "elsewhere")]
+    assert np.allclose(shares, [1 / 16, 12 / 16, 3 / 16])
     assert abs(numbers["distance"][0] - (12 + 3 * math.sqrt(10)) / 15) < 1e-5
     net, (tokens, _) = tiny_model(), some_tokens(count=16)
     weights = next(probe.attention(net, tokens.numpy()))[0]
@@ -1145,38 +1188,42 @@ def test_probe_script():
         [(n, s) for n in (1, 2, 3, 4) for s in (*probe.eight_steps(16), "mean")]
     assert all(r["n"] == 4 and 0 <= r["interval"][0] < r["interval"][1] <= 1 for r in one["probe"])
     assert len(one["attention"]["distance"]) == 4 and one["images"] == 4
-    assert {"probe.png", "layers.png", "attention.png", "mass.png", "distance.png", "cosine.png", "codes.png"} <= \
-        {path.name for path in (root / "figures").iterdir()}
+    pictures = {path.stem for path in (root / "figures").glob("*.png")}
+    assert pictures == {"probe", "layers", "attention", "mass", "distance", "cosine", "codes"}
 
 
 def test_probe_refuses():
     run, root = trained_run(), workshop()[1]
-    where = ["--data", root / "images", "--cache", root / "cache"]
     saved = checkpoint("trained")
-    for name, changes in {"renamed": {"classes": list("abcd")}, "finer": None}.items():
+    finer = {"model_config": saved["model_config"] | {"num_tokens": 64},
+             "data": saved["data"] | {"image_size": 32, "shape": [44, 10, 64]}}
+    renamed = {"data": saved["data"] | {"classes": list("abcd")}}
+    for name, changes in (("finer", finer), ("renamed", renamed)):
         (root / "runs" / name).mkdir(exist_ok=True)
-        content = saved | {"data": saved["data"] | changes} if changes else finer_checkpoint(saved)
-        torch.save(content, root / "runs" / name / "checkpoint.pt")
+        torch.save(saved | changes, root / "runs" / name / "checkpoint.pt")
         (root / "runs" / name / "tokenizer.pt").write_bytes((run / "tokenizer.pt").read_bytes())
-    for words, argv in {
-        "16 tokens 64 apart": [run, root / "runs" / "finer"], "no checkpoint": [root / "none"], "same name": [run, run],
-        "layers 1 ... 4": [run, "--layers", 9], "layers 1 ... 4 ²": [run, "--layers", "²"],
-        "trained with classes": [root / "runs" / "renamed"], "--map-steps lie": [run, "--map-steps", 17],
-        "--map-images in": [run, "--map-images", 4], "--images 1 at least 2": [run, "--images", 1],
-        "--crops 0": [run, "--crops", 0], "--train-images -1": [run, "--train-images", -1],
-        "--seed -1": [run, "--seed", -1], "--map-steps 1": [run, "--map-steps", 1], "cpu, cuda": [run, "--device", "x"],
-        "no folder that you": [run, "--out", root / "vq.pt"], "does not exist": [run, "--data", root / "nowhere"],
-        "too few": [run, "--train-images", 2],
-    }.items():
-        with contextlib.redirect_stderr(io.StringIO()):
-            text = refusal(probe.main, *where, "--out", root / "refused", *argv)
-        assert all(word in text for word in words.split()), (argv, text)
-
-
-def finer_checkpoint(saved):
-    """`saved`, as if trained at twice the resolution: 64 tokens."""
-    return saved | {"model_config": saved["model_config"] | {"num_tokens": 64},
-                    "data": saved["data"] | {"image_size": 32, "shape": [44, 10, 64]}}
+    table = """
+        16 tokens 64 apart      | {run} {root}/runs/finer
+        trained with classes    | {root}/runs/renamed
+        no checkpoint           | {root}/none
+        same name               | {run} {run}
+        layers 1 ... 4          | {run} --layers 9
+        layers 1 ... 4          | {run} --layers ²
+        layers 1 ... 4          | {run} --map-layers 0
+        --map-steps lie         | {run} --map-steps 17
+        --map-steps 1           | {run} --map-steps 1
+        --map-images in 0 ... 3 | {run} --map-images 4
+        --images 1 at least 2   | {run} --images 1
+        --crops 0               | {run} --crops 0
+        --train-images -1       | {run} --train-images -1
+        too few                 | {run} --train-images 2
+        --seed -1               | {run} --seed -1
+        x cpu, cuda             | {run} --device x
+        no folder that you      | {run} --out {root}/vq.pt
+        does not exist          | {run} --data {root}/nowhere
+        """
+    where = " --data {root}/images --cache {root}/cache --out {root}/refused "
+    refuses_all(probe.main, table.replace("|", "|" + where), run=run, root=root)
 
 
 # ---- fid.py ------------------------------------------------------------------------------------------------
