@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -1156,6 +1157,19 @@ def test_extracted_features_are_the_models():
     maps = torch.cat(list(probe.attention(net, codes.numpy(), batch=2)))  # (3, L, T, T), likewise
     exact = net(codes[:, :-1], torch.full((3,), 5), return_attention=True).attention
     assert torch.allclose(maps, torch.stack([weights.mean(1) for weights in exact], 1), atol=1e-6)
+
+
+def test_a_full_disk_is_noticed_before_the_features_are_computed():
+    """A limit on the size of files stands for the disk. Mapped memory would end in a bus error instead."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        assert probe.empty_features(Path(folder), (3, 9, 8)).count_nonzero() == 0
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+            refuses(OSError, "no room 0.014 GB", probe.empty_features, Path(folder), (100_000, 9, 8))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        assert not list(Path(folder).iterdir())
 
 
 def test_attention_numbers():
