@@ -1464,6 +1464,8 @@ def test_fid_classifier():
 def main():
     words, failed = sys.argv[1:], 0
     tests = {name: test for name, test in globals().items() if name.startswith("test_")}
+    on_cuda = {name: test for name, test in globals().items() if name.startswith("cuda_test_")}
+    tests |= on_cuda if torch.cuda.is_available() else {}
     tests = {name: test for name, test in tests.items() if not words or any(word in name for word in words)}
     for name, test in tests.items():
         start = time.time()
@@ -1473,6 +1475,8 @@ def main():
         except Exception:
             failed += 1
             print(f"FAILED {time.time() - start:5.1f} s  {name[5:].replace('_', ' ')}\n{traceback.format_exc()}", flush=True)
+    if not torch.cuda.is_available():
+        print(f"no GPU here: {len(on_cuda)} test(s) skipped")
     print(f"{len(tests) - failed} passed, {failed} failed")
     sys.exit(failed > 0)
 
