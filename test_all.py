@@ -793,6 +793,8 @@ def test_generation_is_greedy_and_guided_as_defined():
         fast = sample.generate(net, classes, cfg=cfg, cfg_interval=interval, temperature=0)
         assert torch.equal(fast, tokens)
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    cold = sample.generate(net, classes, temperature=1e-300)
+    assert torch.equal(cold, sample.generate(net, classes, temperature=0))
     draws = [sample.generate(net, classes, generator=g) for g in generators]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
