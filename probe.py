@@ -94,8 +94,8 @@ def check_subjects(subjects: list[Subject]) -> None:
         a, b = first.held_out.meta, other.held_out.meta
         if (a["images"], a["image_size"]) != (b["images"], b["image_size"]):
             raise ValueError(f"{first.name} knows {first.images.source} at {a['image_size']} px, "
-                             f"{other.name} other images, {other.images.source} at {b['image_size']} px: probe them "
-                             "apart.")
+                             f"{other.name} other images, {other.images.source} at {b['image_size']} px: "
+                             "probe them apart.")
     if len({subject.name for subject in subjects}) < len(subjects):
         raise ValueError("two runs have the same name; rename one folder for the legends.")
 
@@ -130,24 +130,36 @@ def eight_steps(num_tokens: int) -> list[int]:
     return [max(num_tokens * i // 8, 1) for i in range(1, 9)]
 
 
+def empty_features(folder: Path, shape: tuple[int, ...]) -> torch.Tensor:
+    """Zeros, float16 `shape`, in a nameless file in `folder`, mapped into memory: the disk limits their size.
+
+    The zeros are written: a disk without room raises OSError now, in one sentence. Found out later, through
+    mapped memory, it would kill the interpreter.
+    """
+    bytes_each = 2 * math.prod(shape[1:])
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.writelines(repeat(bytes(bytes_each), shape[0]))
+            file.flush()
+            return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))
+    except OSError as error:
+        raise OSError(f"{folder} has no room for {shape[0] * bytes_each / 1e9:.3f} GB of features ({error}); "
+                      "free some, or choose another --out, or fewer --train-images or --layers.") from None
+
+
 @torch.no_grad()
 def extract(model: Transformer, tokens: np.ndarray, layers: list[int], folder: Path,
             classes: torch.Tensor | None = None, batch: int = 64) -> torch.Tensor:
     """Features of `layers` at eight steps, and their mean over all positions: float16 (N, 9 L, C), by layer.
 
     tokens (N, T) codes; classes (N,) int64, to show a leak: otherwise the null class. One forward serves all
-    layers and steps, and goes no deeper than the last of them. The features live in a nameless file in
-    `folder`, mapped into memory: the disk limits their size. Raises OSError if it has no room for them.
+    layers and steps, and goes no deeper than the last of them. Errors and `folder` as in `empty_features`.
     """
     (N, T), device = tokens.shape, model.output.weight.device
     if classes is None:
         classes = torch.full((N,), model.config.num_classes)
     positions = torch.tensor(eight_steps(T), device=device) - 1
-    shape = (N, 9 * len(layers), model.config.dim)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.writelines(repeat(bytes(2 * shape[1] * shape[2]), N))  # takes the room now: on a full disk, a
-        file.flush()  # write into mapped memory that has none kills the interpreter
-        features = torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))
+    features = empty_features(folder, (N, 9 * len(layers), model.config.dim))
     for rows in tqdm(torch.arange(N).split(batch), "features", leave=False):
         inputs = torch.from_numpy(tokens[rows.numpy(), :-1].astype(np.int64)).to(device)
         hidden = model(inputs, classes[rows].to(device), layers=tuple(layers), head=False).hidden

@@ -117,7 +117,8 @@ def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg
         if temperature == 0:
             tokens[:, p] = logits.argmax(-1)
             continue
-        probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
+        logits = logits / max(temperature, 1e-5)  # LlamaGen's bound: no overflow
+        probabilities = filter_logits(logits, top_k, top_p).softmax(-1)
         # torch.multinomial's own draw, without its checks, for which the host would wait at every token
         noise = torch.empty_like(probabilities).exponential_(generator=generator)
         tokens[:, p] = (probabilities / noise).argmax(-1)
@@ -376,6 +377,13 @@ def choose_precision(name: str, device: torch.device) -> str:
     return name or ("bf16" if native else "fp32")
 
 
+def to_bfloat16(model: Transformer) -> Transformer:
+    """Round the weights, in place, and thereby the cache; `model.to` would round the rotary table as well."""
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    return model
+
+
 @torch.no_grad()
 def compiled_decode(model: Transformer, rows: int) -> Callable:
     """`model.decode`, compiled for a batch of `rows`; as it is, and said, where that cannot be done."""
@@ -402,12 +410,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="the picture (default: samples.png or reconstructions.png)")
     add("--reconstruct", action="store_true", help="draw what the codes keep of held-out images instead")
     add("--data", help="with --reconstruct: folder or zip of images (default: the run's)")
-    add("--subset", help="with --data: file of class folders to keep, one a line")
+    add("--subset", help="with --reconstruct: file of class folders to keep, one a line")
     add("--npz", type=Path, help="write images as .npz in ADM's layout instead of a picture")
     add("--num", "--num-images", type=within(int, 1, 10 ** 7), help="with --npz: how many, class-balanced")
     add("--batch", type=within(int, 1, 10 ** 5), help="with --npz: images at once (default: 100)")
     add("--resize-to", type=within(int, 1, 4096), default=0, help="side of the images (default: as decoded)")
-    add("--cfg", type=within(float, 1), default=1.0, help="guidance scale; 1: none")
+    add("--cfg", type=within(float, 1, 1e4), default=1.0, help="guidance scale; 1: none")
     add("--cfg-interval", type=within(int, -1), default=-1, help="guide this many + 2 tokens; -1: all")
     add("--temperature", type=within(float, 0), default=1.0, help="0: the likeliest token")
     add("--top-k", type=within(int, 0), default=0, help="0: all codes")
@@ -480,9 +488,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{path}: held-out images, and below each what the codes of {trained[0].name} keep of it")
         return
     precision = choose_precision(args.precision, device)
-    for one in trained if precision == "bf16" else []:
-        for p in one.model.parameters():  # the weights alone: the rotary table stays in float32
-            p.data = p.data.bfloat16()
+    if precision == "bf16":
+        for one in trained:
+            to_bfloat16(one.model)
     keys = ("cfg", "cfg_interval", "temperature", "top_k", "top_p", "resize_to")
     settings = {key: getattr(args, key) for key in keys}
     if args.npz:

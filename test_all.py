@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -1335,12 +1336,16 @@ def test_without_network_the_shapes_stand_in():
 
 def test_filters():
     logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.05, 0.05]]))
-    kept = [sample.filter_logits(logits, k, p).isfinite()[0].tolist() for k, p in ((2, 1.0), (4, 1.0), (0, 0.65), (0, 0.7))]
+
+    def kept_by(top_k, top_p):
+        return sample.filter_logits(logits, top_k, top_p).isfinite()[0].tolist()
+
+    kept = [kept_by(k, p) for k, p in ((2, 1.0), (4, 1.0), (0, 0.65), (0, 0.7))]
     assert kept[0] == [True, True, False, False, False]
     assert kept[1] == [True] * 5  # a tie with the fourth stays
     assert kept[2] == [True, True, False, False, False]  # the one that crosses p is kept
     assert kept[3][:2] == [True, True] and kept[3][3:] == [False, False]
-    assert sample.filter_logits(logits, 2, 0.5).isfinite()[0].tolist() == [True, False, False, False, False]  # 4/7 > .5
+    assert kept_by(2, 0.5) == [True, False, False, False, False]  # 4/7 > .5
 
 
 def test_generation_is_greedy_and_guided_as_defined():
@@ -1355,56 +1360,272 @@ def test_generation_is_greedy_and_guided_as_defined():
             tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
         fast = sample.generate(net, classes, cfg=cfg, cfg_interval=interval, temperature=0)
         assert torch.equal(fast, tokens)
-    draws = [sample.generate(net, classes, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    cold = sample.generate(net, classes, temperature=1e-300)
+    assert torch.equal(cold, sample.generate(net, classes, temperature=0))
+    draws = [sample.generate(net, classes, generator=g) for g in generators]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
-def test_sampling_scripts():
-    run = run_train("sampled", "--steps", 1)
+def test_draws_are_torch_multinomials():
+    """The sampler's draw leaves out multinomial's checks, nothing else: LlamaGen's tokens stay LlamaGen's."""
+    net, classes = tiny_model(vocab_size=500), torch.tensor([0, 3, 4])
+    for top_k, top_p in ((0, 1.0), (7, 1.0), (0, 0.6)):
+        g = torch.Generator().manual_seed(3)
+        ours = sample.generate(net, classes, top_k=top_k, top_p=top_p, generator=g)
+        tokens, g = torch.zeros(3, 0, dtype=torch.long), torch.Generator().manual_seed(3)
+        for _ in range(16):
+            logits = sample.filter_logits(net(tokens, classes).logits[:, -1], top_k, top_p)
+            tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=g)], 1)
+        assert torch.equal(ours, tokens)
+
+
+def test_a_decode_step_of_fixed_shape():
+    """What a GPU records once: the logits of the growing cache, and one compilation for all positions."""
+    net, graphs = tiny_model(), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    decode = torch.compile(net.decode, backend=count, fullgraph=True)
+    with torch.no_grad():
+        for batch in range(2):
+            tokens, classes = some_tokens(seed=batch)
+            growing, cache = sample.next_logits(net, classes), net.new_cache(3)
+            growing(tokens[:, :0])
+            net(tokens[:, :0], classes, cache=cache)
+            for p in range(1, 16):
+                logits = decode(tokens[:, p - 1], torch.tensor([p]), cache)
+                assert torch.allclose(logits, growing(tokens[:, :p]), atol=1e-4), p
+    assert len(graphs) == 1
+
+
+def cuda_test_sampling_as_a_graph():
+    """Replayed and eager steps agree: greedy tokens in float32, guided; and bfloat16 runs."""
+    net, classes = tiny_model().cuda(), torch.tensor([0, 3, 4], device="cuda")
+    for decode in (net.decode, sample.compiled_decode(net, 6)):
+        for _ in range(2):  # a second batch records anew
+            graph = sample.generate(net, classes, cfg=2.0, temperature=0, decode=decode)
+            assert torch.equal(graph, sample.generate(net, classes, cfg=2.0, temperature=0))
+    sample.to_bfloat16(net)
+    assert sample.generate(net, classes, decode=sample.compiled_decode(net, 3)).max() < 11
+
+
+def test_bfloat16_leaves_the_rotary_table_alone():
+    net = sample.to_bfloat16(tiny_model())
+    assert net.rope.dtype == torch.float32 and {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    exact, rounded = (n(some_tokens()[0], some_tokens()[1]).logits for n in (tiny_model(), net))
+    assert rounded.dtype == torch.float32 and (exact - rounded).abs().mean() < 0.1 * exact.std()
+    assert net.new_cache(1).k.dtype == torch.bfloat16
+    assert sample.choose_precision("", torch.device("cpu")) == "fp32"
+
+
+def small_vq():
+    """A tokenizer of random weights for `tiny_model`: 11 codes, 16 tokens of 4 x 4 pixels."""
+    torch.manual_seed(0)
+    config = tokenizer.replace(tokenizer.VQ_CONFIGS["vq_ds4"], codebook_size=11, ch=8, z_channels=8)
+    return tokenizer.VQModel(config).eval()
+
+
+def test_images_are_resized_as_llamagen_does():
+    net, vq, classes = tiny_model(), small_vq(), torch.tensor([0, 3, 4])
+    codes = sample.generate(net, classes, generator=torch.Generator().manual_seed(1))
+    pixels = F.interpolate(vq.decode(codes), size=(9, 9), mode="bicubic", antialias=False)
+    ours = sample.sample_images(net, vq, classes, 1, resize_to=9)
+    assert np.array_equal(ours, tokenizer.to_uint8(pixels).numpy()) and ours.shape == (3, 9, 9, 3)
+    assert sample.sample_images(net, vq, classes, 1).shape == (3, 16, 16, 3)
+
+
+def test_labels_are_balanced_from_the_first_image_on():
+    labels = sample.mixed_labels(1234, 100)
+    for start in range(0, 1200, 100):
+        assert labels[start:start + 100].sort().values.tolist() == list(range(100))
+    assert labels[:100].tolist() != labels[100:200].tolist()
+    assert torch.equal(labels[:50], sample.mixed_labels(50, 100))
+
+
+def test_npz_goes_on_with_its_own_parts_only():
+    """Parts of a killed sampling are used again, parts of other weights never; one run at a time."""
+    net, vq, names, kept = tiny_model(), small_vq(), list("abcde"), dict(os.environ)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        folder = Path(folder)
+
+        def write(name, weights, generate=sample.sample_images):
+            """Number of batches made for name.npz."""
+            made = []
+            sample.sample_images = lambda *args, **kwargs: (made.append(args), generate(*args, **kwargs))[1]
+            try:
+                sample.save_npz(folder / name, net, vq, names, 10, 3, 0, {"weights_digest": weights}, cfg=2.0)
+            finally:
+                sample.sample_images = generate
+            return len(made)
+
+        assert write("whole.npz", "A") == 4
+        try:
+            os.environ |= {"RANK": "1", "WORLD_SIZE": "3"}
+            assert write("npz", "A") == 1
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
+            assert write("npz", "A") == 3  # the fourth is there
+            os.environ |= {"RANK": "2", "WORLD_SIZE": "3"}
+            assert write("npz", "A") == 1
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
+            with tokenizer.locked(folder / ".npz.parts"):
+                refuses(ValueError, "another process", write, "npz", "B")
+            assert write("npz", "B") == 4
+        finally:
+            os.environ.clear()
+            os.environ.update(kept)
+        whole, parts = np.load(folder / "whole.npz"), np.load(folder / "npz")
+        assert np.array_equal(whole["arr_0"], parts["arr_0"]) and whole["arr_0"].shape == (10, 16, 16, 3)
+        labels = sample.mixed_labels(10, 5)
+        assert np.array_equal(whole["arr_1"], labels) and whole["classes"].tolist() == names
+        third = sample.sample_images(net, vq, labels[6:9], 6, cfg=2.0)  # a batch is seeded by its place
+        assert np.array_equal(whole["arr_0"][6:9], third)
+        assert json.loads(str(parts["protocol"]))["weights_digest"] == "B"
+        assert sorted(path.name for path in folder.iterdir()) == ["npz", "whole.npz"]  # no part is left
+
+
+@lru_cache(maxsize=1)
+def trained_run():
+    """A run folder of one training step, made once."""
+    run = run_train("trained", "--steps", 1)
     assert run.returncode == 0, run.stderr[-3000:]
-    _, root = workshop()
-    grid = script("sample.py", "runs/sampled", "--classes", 0, 3, 3, "--cfg", 2, "--out", "grid.png")
-    assert grid.returncode == 0, grid.stderr[-3000:]
-    assert Image.open(root / "grid.png").width > 3 * 96 and "cfg 2.0" in grid.stdout
-    settings = ["runs/sampled", "--num-images", 10, "--batch", 3, "--ema"]
-    for name, processes in (("one", 1), ("two", 2)):
-        done = script("sample.py", *settings, "--npz", f"{name}.npz", processes=processes)
-        assert done.returncode == 0, done.stderr[-3000:]
+    return workshop()[1] / "runs" / "trained"
+
+
+def said(main, *argv):
+    """What a script prints on a CPU, its progress bars swallowed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        main([*map(str, argv), "--device", "cpu"])
+    return out.getvalue()
+
+
+def test_sampling_scripts():
+    run, root = trained_run(), workshop()[1]
+    text = said(sample.main, run, "--classes", 0, 3, 3, "--cfg", 2, "--out", root / "grid.png")
+    single = Image.open(root / "grid.png")
+    assert single.width > 3 * 96 and "cfg 2.0" in text and "fp32" in text
+    said(sample.main, run, run, "--classes", 0, 3, 3, "--cfg", 2, "--out", root / "side.png")
+    side = np.asarray(Image.open(root / "side.png"))
+    assert np.array_equal(*np.split(side, 2)) and np.array_equal(side[-single.height // 2:, :single.width],
+                                                                 np.asarray(single)[-single.height // 2:])
+    said(sample.main, run, "--reconstruct", "--data", root / "images", "--out", root / "kept.png")
+    assert Image.open(root / "kept.png").height > 2 * 96
+    settings = [run, "--num-images", 10, "--batch", 3, "--ema"]
+    assert "two.npz: 10 images" in said(sample.main, *settings, "--npz", root / "two")
+    done = script("sample.py", *settings, "--npz", "one.npz", "--device", "cpu", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = np.load(root / "one.npz"), np.load(root / "two.npz")
     assert one["arr_0"].shape == (10, 16, 16, 3) and one["arr_0"].dtype == np.uint8
-    assert np.array_equal(one["arr_0"], two["arr_0"]) and one["arr_1"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
-    assert json.loads(str(one["protocol"]))["weights"] == "ema"
-    for words, args in (("class 4 0 ... 3", ["runs/sampled", "--classes", 4]), ("no checkpoint", ["runs/none"])):
-        refused = script("sample.py", *args)
-        assert refused.returncode == 1 and "Traceback" not in refused.stderr
-        assert all(word in refused.stderr for word in words.split()), refused.stderr
+    assert np.array_equal(one["arr_0"], two["arr_0"]) and one["protocol"] == two["protocol"]
+    protocol = json.loads(str(one["protocol"]))
+    weights, _ = model.load_model(run / "checkpoint.pt", ema=True)
+    assert protocol["weights"] == "ema" and protocol["step"] == 1 and protocol["precision"] == "fp32"
+    assert protocol["weights_digest"] == tokenizer.fingerprint(weights)
+    assert one["classes"].tolist() == [f"class{i}" for i in range(4)]
+
+
+def refuses_all(main, table, **places):
+    """Lines of `table`, "words | arguments": main refuses the arguments in one line with these words."""
+    for line in table.strip().splitlines():
+        words, arguments = line.split("|")
+        with contextlib.redirect_stderr(io.StringIO()):
+            text = refusal(main, *(word.format(**places) for word in arguments.split()))
+        assert all(word in text for word in words.split()), (line, text)
+
+
+def test_sampling_refuses():
+    run, root = trained_run(), workshop()[1]
+    (root / "a.npz").mkdir(exist_ok=True)
+    refuses_all(sample.main, """
+        class 4 0 ... 3         | {run} --classes 4
+        class -1                | {run} --classes -1
+        no checkpoint           | {root}/none
+        no checkpoint           | {root}/none.pt
+        name a run folder       | --cfg 2
+        name a run folder       | {run} --gpt x.pt
+        no tokenizer            | {run} --vq {root}/none.pt
+        holds a transformer     | {run} --vq {run}/checkpoint.pt
+        --cfg -3 at least 1     | {run} --cfg -3
+        --cfg .5                | {run} --cfg .5
+        --cfg nan               | {run} --cfg nan
+        --cfg-interval -2       | {run} --cfg-interval -2
+        --temperature inf       | {run} --temperature inf
+        --temperature -1        | {run} --temperature -1
+        --top-p 1.5             | {run} --top-p 1.5
+        --top-k -1              | {run} --top-k -1
+        --seed -1               | {run} --seed -1
+        --seed whole number     | {run} --seed 1.5
+        --resize-to 100000      | {run} --resize-to 100000
+        --image-size 0          | {run} --image-size 0
+        --num and --npz         | {run} --num 4
+        --num and --npz         | {run} --npz x
+        --num 0                 | {run} --npz x --num 0
+        --batch -1              | {run} --npz x --num 4 --batch -1
+        --batch goes            | {run} --batch 3
+        no --classes            | {run} --npz x --num 4 --classes 1
+        no --classes            | {run} --npz x --num 4 --out y.png
+        no --classes            | {run} --npz x --num 4 --reconstruct
+        --data go with          | {run} --data x
+        --subset go with        | {run} --subset x
+        takes no --classes      | {run} --reconstruct --classes 1
+        take one run            | {run} {run} --reconstruct
+        take one run            | {run} {run} --npz x --num 4
+        does not exist          | {run} --reconstruct --data {root}/nowhere
+        no folder that you      | {run} --out {root}/vq.pt/y.png
+        is a folder             | {run} --out {root}
+        is a folder             | {run} --npz {root}/a --num 3
+        banana cpu, cuda        | {run} --device banana
+        mps cpu, cuda           | {run} --device mps
+        cpu:0 cpu, cuda         | {run} --device cpu:0
+        cuda:77                 | {run} --device cuda:77
+        invalid choice          | {run} --precision fp64
+        """, run=run, root=root)
+
+
+def test_pictures():
+    """A band is shaded around its line only; nan is left out; a name with a newline is one line of text."""
+    line = {"a": [(0, 0.0), (1, math.nan), (2, 0.0)], "b": [(0, 4.0), (2, 4.0)]}
+    plain, banded = (np.asarray(sample.line_plot(line, "", "", "", bands=bands)).astype(int)
+                     for bands in ({}, {"a": [2.0, 2.0, 2.0], "b": [0.0, 0.0]}))
+    column = banded[90:680, 640]  # between the axes
+    shaded = ((column[:, 2] - column[:, 0]) > 20) & (column[:, 0] > 150)  # pale blue
+    assert 0.4 < shaded.mean() < 0.65, shaded.mean()  # 4 of 6.7 units, with the margins
+    assert not (((plain[90:680, 640, 2] - plain[90:680, 640, 0]) > 20) & (plain[90:680, 640, 0] > 150)).any()
+    pixels = np.zeros((2, 8, 8, 3), np.uint8)
+    two, one = (sample.image_grid(pixels, 2, [name, "b"]) for name in ("a\nb", "a b"))
+    assert np.array_equal(np.asarray(two), np.asarray(one))
 
 
 def test_llamagens_files():
-    """Files in the published format, random weights: encode, decode and sample from them, as the command line does."""
+    """Files in the published format, random weights: encode, decode and sample from them."""
     _, root = workshop()
     torch.manual_seed(0)
     vq = tokenizer.VQModel(tokenizer.VQConfig()).eval()
     torch.save({"model": vq.state_dict()}, root / "vq_ds16.pt")
     net = model.Transformer(model.ModelConfig(*model.SIZES["nano"], num_tokens=16))
-    torch.save({"model": net.state_dict(), "steps": 1, "args": argparse.Namespace(image_size=64)}, root / "gpt.pt")
+    args = argparse.Namespace(image_size=64)
+    torch.save({"model": net.state_dict(), "steps": 1, "args": args}, root / "gpt.pt")
     again = tokenizer.load_tokenizer(root / "vq_ds16.pt")
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     assert torch.equal(again.encode(x), vq.encode(x)) and again.encode(x).shape == (2, 4)
     assert torch.equal(again.decode(again.encode(x)), vq.decode(vq.encode(x)))
-    done = script("sample.py", "--gpt", "gpt.pt", "--vq", "vq_ds16.pt", "--classes", 207, 360, "--cfg", 4.0)
-    assert done.returncode == 0 and Image.open(root / "samples.png").width > 2 * 96, done.stderr[-3000:]
-    for words, args in (("holds a VQ tokenizer", ["--gpt", "vq_ds16.pt", "--vq", "vq_ds16.pt"]),
-                        ("holds a transformer", ["--gpt", "gpt.pt", "--vq", "gpt.pt"]),
-                        ("64 codes 16384", ["--gpt", "gpt.pt", "--vq", "vq.pt"])):
-        refused = script("sample.py", *args)
-        assert refused.returncode == 1 and "Traceback" not in refused.stderr, refused.stderr[-2000:]
-        assert all(word in refused.stderr for word in words.split()), refused.stderr
+    said(sample.main, "--gpt", root / "gpt.pt", "--vq", root / "vq_ds16.pt", "--classes", 207, 360,
+         "--cfg", 4.0, "--out", root / "samples.png")
+    assert Image.open(root / "samples.png").width > 2 * 96
+    refuses_all(sample.main, """
+        add --vq                | --gpt {root}/gpt.pt
+        holds a VQ tokenizer    | --gpt {root}/vq_ds16.pt --vq {root}/vq_ds16.pt
+        holds a transformer     | --gpt {root}/gpt.pt --vq {root}/gpt.pt
+        64 codes 16384          | --gpt {root}/gpt.pt --vq {root}/vq.pt
+        add --data              | {root}/gpt.pt --vq {root}/vq_ds16.pt --reconstruct
+        """, root=root)
     (root / "vq_ds16.pt").unlink()
 
 
 # ---- probe.py ----------------------------------------------------------------------------------------------
-
 
 def planted(n, seed, strength=1.0, classes=4, width=12):
     """Features (n, 9, width) of noise; the label is written into the fourth one. And the labels (n,)."""
@@ -1442,14 +1663,52 @@ def test_probe_agrees_with_plain_sgd_for_90_epochs():
     assert 0.5 < accuracy < 0.95 and abs(quick["accuracy"] - accuracy) < 0.01, (quick, accuracy)
 
 
+def test_probe_training_is_sgd_with_momentum_and_a_falling_rate():
+    """Two probes of one feature, side by side, against torch.optim.SGD on the same batches."""
+    x, labels = planted(600, 4)
+    settings, kept = torch.tensor([[[0.03, 1e-2], [0.1, 0.0]]]), probe.EPOCHS
+    try:
+        probe.EPOCHS = 3
+        ours = probe.fit(x[:, 3:4], labels, torch.arange(600), settings, 4, "cpu")
+    finally:
+        probe.EPOCHS = kept
+    for h, (rate, decay) in enumerate(settings[0].tolist()):
+        norm, linear = torch.nn.BatchNorm1d(12, eps=1e-6, affine=False), torch.nn.Linear(12, 4)
+        torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
+        optimizer = torch.optim.SGD(linear.parameters(), rate, 0.9, weight_decay=decay)
+        fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 + 0.5 * math.cos(math.pi * i / 9))
+        g = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for rows in torch.randperm(600, generator=g).tensor_split(3):
+                optimizer.zero_grad()
+                F.cross_entropy(linear(norm(x[rows, 3])), labels[rows]).backward()
+                optimizer.step()
+                fall.step()
+        weight = ours.weight.unflatten(-1, (2, 4))[0, :, h]
+        assert torch.allclose(weight, linear.weight.T, atol=1e-5) and weight.abs().max() > 0.05
+        assert torch.allclose(ours.bias.unflatten(-1, (2, 4))[0, 0, h], linear.bias, atol=1e-5)
+
+
+def test_probe_settings_are_chosen_on_other_images():
+    """Crops of an image are alike, labels random: on crops of the SAME images learning by heart would win."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.arange(60).repeat_interleave(4)
+    x = torch.randn(60, 1, 64, generator=g)[images] + 0.1 * torch.randn(240, 1, 64, generator=g)
+    labels = torch.randint(4, (60,), generator=g)[images]
+    result, = probe.linear_probe(x, labels, images, x[:8], labels[:8], 4)
+    assert result["learning_rate"] == min(rate for rate, _ in probe.SETTINGS), result
+    by_heart, = probe.linear_probe(x, labels, torch.arange(240), x[:8], labels[:8], 4)
+    assert by_heart["learning_rate"] > result["learning_rate"], by_heart
+
+
 def test_probe_reports_the_leak_of_a_true_class():
-    """Under the null class random codes say nothing about the label; under the true class the features give it away."""
+    """Random codes say nothing about a label under the null class; under the true class features tell it."""
     net, g = tiny_model(), torch.Generator().manual_seed(0)
     codes, labels = torch.randint(11, (900, 16), generator=g).numpy(), torch.randint(5, (900,), generator=g)
     accuracy = []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        for classes in (torch.full((900,), 5), labels):
-            x = probe.extract(net, codes, classes, [2], Path(folder)).float()[:, :1]  # step 2
+        for classes in (None, labels):
+            x = probe.extract(net, codes, [2], Path(folder), classes).float()[:, :1]  # step 2
             result, = probe.linear_probe(x[:600], labels[:600], torch.arange(600), x[600:], labels[600:], 5)
             accuracy.append((result["accuracy"], *result["interval"]))
     (_, low, high), leak = accuracy
@@ -1459,12 +1718,28 @@ def test_probe_reports_the_leak_of_a_true_class():
 def test_extracted_features_are_the_models():
     net, (codes, _) = tiny_model(), some_tokens(count=16)
     with tempfile.TemporaryDirectory() as folder:
-        x = probe.extract(net, codes.numpy(), torch.full((3,), 5), [1, 3], Path(folder), batch=2)
-    hidden = net(codes[:, :-1], torch.full((3,), 5), layers=(1, 3)).hidden
+        x = probe.extract(net, codes.numpy(), [1, 3], Path(folder), batch=2)
+    hidden = net(codes[:, :-1], torch.full((3,), 5), layers=(1, 3)).hidden  # 5 is the null class
     assert x.shape == (3, 18, 32) and probe.eight_steps(16) == [2, 4, 6, 8, 10, 12, 14, 16]
     for i, n in enumerate((1, 3)):
         assert torch.allclose(x[:, 9 * i:9 * i + 8].float(), hidden[n][:, 1::2], atol=2e-2)
         assert torch.allclose(x[:, 9 * i + 8].float(), hidden[n].mean(1), atol=2e-2)
+    maps = torch.cat(list(probe.attention(net, codes.numpy(), batch=2)))  # (3, L, T, T), likewise
+    exact = net(codes[:, :-1], torch.full((3,), 5), return_attention=True).attention
+    assert torch.allclose(maps, torch.stack([weights.mean(1) for weights in exact], 1), atol=1e-6)
+
+
+def test_a_full_disk_is_noticed_before_the_features_are_computed():
+    """A limit on the size of files stands for the disk. Mapped memory would end in a bus error instead."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        assert probe.empty_features(Path(folder), (3, 9, 8)).count_nonzero() == 0
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+            refuses(OSError, "no room 0.014 GB", probe.empty_features, Path(folder), (100_000, 9, 8))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        assert not list(Path(folder).iterdir())
 
 
 def test_attention_numbers():
@@ -1474,8 +1749,9 @@ def test_attention_numbers():
     left[0, 1:, :-1] = torch.eye(T - 1)
     numbers = probe.attention_numbers(own, 4)
     assert numbers["itself"] == [1.0] and numbers["class"] == [0.0] and numbers["distance"] == [0.0]
-    numbers = probe.attention_numbers(left, 4)  # the first query sees the class, three sit at a row's beginning
-    assert np.allclose([numbers[kind][0] for kind in ("class", "neighbours", "elsewhere")], [1 / 16, 12 / 16, 3 / 16])
+    numbers = probe.attention_numbers(left, 4)  # the first query sees the class, three are first in a row
+    shares = [numbers[kind][0] for kind in ("class", "neighbours", "elsewhere")]
+    assert np.allclose(shares, [1 / 16, 12 / 16, 3 / 16])
     assert abs(numbers["distance"][0] - (12 + 3 * math.sqrt(10)) / 15) < 1e-5
     net, (tokens, _) = tiny_model(), some_tokens(count=16)
     weights = next(probe.attention(net, tokens.numpy()))[0]
@@ -1484,21 +1760,54 @@ def test_attention_numbers():
 
 
 def test_probe_script():
-    for name, size in (("probed", 16), ("other-size", 32)):
-        run = run_train(name, "--steps", 1, "--image-size", size)
-        assert run.returncode == 0, run.stderr[-3000:]
-    _, root = workshop()
-    done = script("probe.py", "runs/probed", "--out", "figures", "--layers", "all", "--images", 4, "--map-images", 0, 1)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((root / "figures" / "probe.json").read_text())["runs"]["probed"]
-    assert len(results["probe"]) == 4 * 9 and len(results["attention"]["distance"]) == 4
-    assert {"probe.png", "layers.png", "attention.png", "mass.png", "distance.png", "cosine.png", "codes.png"} <= \
-        {path.name for path in (root / "figures").iterdir()}
-    for words, args in (("16 tokens 64 apart", ["runs/probed", "runs/other-size"]), ("no checkpoint", ["runs/none"]),
-                        ("same name", ["runs/probed", "runs/probed"]), ("layers 1 ... 4", ["runs/probed", "--layers", 9])):
-        refused = script("probe.py", *args)
-        assert refused.returncode == 1 and "Traceback" not in refused.stderr, refused.stderr[-2000:]
-        assert all(word in refused.stderr for word in words.split()), refused.stderr
+    run, root = trained_run(), workshop()[1]
+    where = ["--data", root / "images", "--cache", root / "cache", "--out", root / "figures"]
+    text = said(probe.main, run, *where, "--layers", "all", "--images", 4, "--map-images", 0, 1)
+    assert "trained, student weights, layer 2" in text
+    results = json.loads((root / "figures" / "probe.json").read_text())
+    assert results["settings"]["crops"] == 2 and results["settings"]["device"] == "cpu"
+    one = results["runs"]["trained"]
+    assert one["step"] == 1 and one["training_seed"] == 0 and one["weights"] == "student"
+    assert [(r["layer"], r["step"]) for r in one["probe"]] == \
+        [(n, s) for n in (1, 2, 3, 4) for s in (*probe.eight_steps(16), "mean")]
+    assert all(r["n"] == 4 and 0 <= r["interval"][0] < r["interval"][1] <= 1 for r in one["probe"])
+    assert len(one["attention"]["distance"]) == 4 and one["images"] == 4
+    pictures = {path.stem for path in (root / "figures").glob("*.png")}
+    assert pictures == {"probe", "layers", "attention", "mass", "distance", "cosine", "codes"}
+
+
+def test_probe_refuses():
+    run, root = trained_run(), workshop()[1]
+    saved = checkpoint("trained")
+    finer = {"model_config": saved["model_config"] | {"num_tokens": 64},
+             "data": saved["data"] | {"image_size": 32, "shape": [44, 10, 64]}}
+    renamed = {"data": saved["data"] | {"classes": list("abcd")}}
+    for name, changes in (("finer", finer), ("renamed", renamed)):
+        (root / "runs" / name).mkdir(exist_ok=True)
+        torch.save(saved | changes, root / "runs" / name / "checkpoint.pt")
+        (root / "runs" / name / "tokenizer.pt").write_bytes((run / "tokenizer.pt").read_bytes())
+    table = """
+        16 tokens 64 apart      | {run} {root}/runs/finer
+        trained with classes    | {root}/runs/renamed
+        no checkpoint           | {root}/none
+        same name               | {run} {run}
+        layers 1 ... 4          | {run} --layers 9
+        layers 1 ... 4          | {run} --layers ²
+        layers 1 ... 4          | {run} --map-layers 0
+        --map-steps lie         | {run} --map-steps 17
+        --map-steps 1           | {run} --map-steps 1
+        --map-images in 0 ... 3 | {run} --map-images 4
+        --images 1 at least 2   | {run} --images 1
+        --crops 0               | {run} --crops 0
+        --train-images -1       | {run} --train-images -1
+        too few                 | {run} --train-images 2
+        --seed -1               | {run} --seed -1
+        x cpu, cuda             | {run} --device x
+        no folder that you      | {run} --out {root}/vq.pt
+        does not exist          | {run} --data {root}/nowhere
+        """
+    where = " --data {root}/images --cache {root}/cache --out {root}/refused "
+    refuses_all(probe.main, table.replace("|", "|" + where), run=run, root=root)
 
 
 # ---- fid.py ------------------------------------------------------------------------------------------------
@@ -1884,6 +2193,8 @@ def test_fid_refuses_before_any_work():
 def main():
     words, failed = sys.argv[1:], 0
     tests = {name: test for name, test in globals().items() if name.startswith("test_")}
+    on_cuda = {name: test for name, test in globals().items() if name.startswith("cuda_test_")}
+    tests |= on_cuda if torch.cuda.is_available() else {}
     tests = {name: test for name, test in tests.items() if not words or any(word in name for word in words)}
     for name, test in tests.items():
         start = time.time()
@@ -1893,6 +2204,8 @@ def main():
         except Exception:
             failed += 1
             print(f"FAILED {time.time() - start:5.1f} s  {name[5:].replace('_', ' ')}\n{traceback.format_exc()}", flush=True)
+    if not torch.cuda.is_available():
+        print(f"no GPU here: {len(on_cuda)} test(s) skipped")
     print(f"{len(tests) - failed} passed, {failed} failed")
     sys.exit(failed > 0)
 
