@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -1134,6 +1135,36 @@ def test_fid_classifier():
         assert set(row) == {"FD-c", "precision-c", "recall-c", "class agreement"} and abs(row["FD-c"]) < 1e-6
         next(Path(cache).iterdir()).write_bytes(b"cut")
         _raises(ValueError, fid.load_classifier, real, 16, 30, cache)
+
+
+# ---- README.md and coursework ------------------------------------------------------------------------------
+
+DOCUMENTS = {path: path.read_text() for path in (HERE / "README.md", HERE / "coursework" / "README.md")}
+
+
+def test_documents_name_what_exists():
+    """Every `file.function` that they name, the equation map's included, and every file that they link to."""
+    scripts = {"fid": fid, "losses": losses, "model": model, "probe": probe, "sample": sample,
+               "tokenizer": tokenizer, "train": train}
+    named = r"`({})\.(?!py|pt|json)([\w.]+)".format("|".join(scripts))
+    for path, text in DOCUMENTS.items():
+        for script, name in re.findall(named, text):
+            found = scripts[script]
+            for part in name.rstrip(".").split("."):
+                assert hasattr(found, part), f"{path}: {script}.{name} does not exist"
+                found = getattr(found, part)
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (path.parent / link).exists(), f"{path}: no {link}"
+    assert all(f"| Eq. {n} |" in DOCUMENTS[HERE / "README.md"] for n in range(2, 9))
+
+
+def test_exercises_fit_the_code():
+    """Every line that an exercise takes out stands in the file that the exercise names."""
+    code = "".join(path.read_text() for path in HERE.glob("*.py") if path.name != "test_all.py").splitlines()
+    diffs = re.findall(r"```diff\n(.*?)```", DOCUMENTS[HERE / "coursework" / "README.md"], re.S)
+    removed = [line[1:] for diff in diffs for line in diff.splitlines() if line.startswith("-")]
+    assert len(diffs) >= 8 and len(removed) >= 10
+    assert not (missing := [line for line in removed if line not in code]), missing
 
 
 # ---- The runner --------------------------------------------------------------------------------------------
