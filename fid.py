@@ -11,6 +11,15 @@ numbers are called FD-c and so on, never FID.
     python fid.py --real data/tiny-imagenet-200.zip --image-size 64 --save-stats tiny-imagenet-64.npz
     python fid.py --real shapes --fake out.npz held-out --features classifier
 
+A model of tokens draws no better than its tokenizer decodes. Two ways to see how much that is:
+
+    python fid.py --real shapes --fake out.npz reconstructions --vq runs/nano --features classifier
+    python fid.py --real shapes --fake out.npz held-out --reference reconstructions --vq runs/nano \
+        --features classifier
+
+The first adds a row, the floor: real images, encoded and decoded. The second compares with decoded real
+images, in features of a classifier trained on them: what is left there is the generator's alone.
+
 References: FID Heusel et al. 1706.08500, sFID Nash et al. 2103.03841, IS Salimans et al. 1606.03498,
 precision and recall Kynkaanniemi et al. 1904.06991. Shapes in comments: N images, B batch, H x W pixels, D
 features, K classes.
@@ -22,9 +31,9 @@ import json
 import sys
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -34,13 +43,118 @@ import scipy.linalg
 import scipy.special
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tokenizer import (IMAGE_SUFFIXES, ImageSet, _decode, _list_files, center_crop, digest, open_images,
-                       read_pixels, read_weights, to_float, write_file)
+from tokenizer import (IMAGE_SUFFIXES, ImageSet, VQModel, center_crop, check_output, choose_device,
+                       decode_image, digest, fingerprint, list_files, load_tokenizer, open_images,
+                       read_pixels, read_weights, to_float, to_uint8, within, write_file)
 
-# ---- Image sets: what stands on either side of a comparison ------------------------------------------------
+# ---- Images: sets of files, and what the tokenizer keeps of them -------------------------------------------
+
+MIN_IMAGES = 4  # on each side: precision and recall look at three neighbours
+
+
+def open_real(source: str | Path, split: str = "train", subset: str = "") -> ImageSet:
+    """tokenizer.open_images for a score: no image may be left out, it would change the number.
+
+    Raises ValueError or OSError, in one sentence, if there is nothing to read or fewer than 4 images.
+    """
+    images = open_images(source, split, subset)
+    if len(images) < MIN_IMAGES:
+        raise ValueError(f"{source} has {len(images)} images for {split}; at least {MIN_IMAGES} are needed.")
+    return _strict(images)
+
+
+def all_images(source: str | Path) -> ImageSet:
+    """Every image below a folder or in a zip, in order of name, whatever the layout; without labels.
+
+    Raises FileNotFoundError, or ValueError if there are fewer than 4.
+    """
+    if not Path(source).exists():
+        raise FileNotFoundError(f"{source} does not exist; a folder, a zip or an .npz of images is needed.")
+    files, read_bytes = list_files(Path(source))
+    names = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES))
+    if len(names) < MIN_IMAGES:
+        raise ValueError(f"{source} holds {len(names)} images; at least {MIN_IMAGES} are needed.")
+    return _strict(ImageSet(str(source), "", names, np.zeros(len(names), np.int64), [],
+                            digest([(name, files[name]) for name in names]),
+                            lambda i: decode_image(read_bytes(names[i]), f"{source}/{names[i]}")))
+
+
+def _strict(images: ImageSet) -> ImageSet:
+    def read(i):
+        try:
+            return images.read(i)
+        except ValueError:
+            raise ValueError(f"{images.source}/{images.names[i]} cannot be read; get it again or remove it "
+                             "(a score leaves no image out).") from None
+
+    return replace(images, read=read)
+
+
+def pick(images: ImageSet, rows: np.ndarray) -> ImageSet:
+    """The images of `rows` (n,) int, in that order."""
+    return replace(images, names=[images.names[i] for i in rows], labels=images.labels[rows],
+                   read=lambda i: images.read(rows[i]))
+
+
+def mixed(images: ImageSet) -> ImageSet:
+    """The same images in a fixed random order.
+
+    Inception Scores are taken over 5,000 images after another: in the order of their folders those would
+    be images of a few classes.
+    """
+    return pick(images, np.random.default_rng(0).permutation(len(images)))
+
+
+def evenly_spaced(images: ImageSet, count: int) -> ImageSet:
+    """`count` of the images, or all if there are fewer."""
+    return pick(images, np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
+
+
+def in_memory(images: ImageSet, size: int, vq: VQModel | None = None) -> ImageSet:
+    """The (size, size) centre crops of `images`, read once and kept: 3 size^2 bytes each.
+
+    Their fingerprint is that of the pixels, labels and classes: it notices a picture replaced by another of
+    the same name. With a tokenizer `vq` each is encoded and decoded, and the fingerprint is also the
+    tokenizer's. Raises ValueError if they do not fit into memory or one cannot be read.
+    """
+    N = len(images)
+    try:
+        pixels = np.empty((N, size, size, 3), np.uint8)
+    except MemoryError:
+        raise ValueError(f"{N:,} images of {size} px need {3e-9 * N * size ** 2:.0f} GB of memory; choose "
+                         "fewer classes with --subset, or smaller images.") from None
+    sha, split = hashlib.sha256(), images.split
+    for start in tqdm(range(0, N, 256), f"reading {Path(images.source).name} {images.split}", leave=False):
+        rows = range(start, min(start + 256, N))
+        crops = np.stack(read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)),
+                                     skip_corrupt=False))
+        sha.update(crops)
+        pixels[start:start + 256] = reconstruct(vq, crops) if vq else crops
+    content = [sha.hexdigest(), images.labels.tolist(), images.classes]
+    if vq:
+        content.append(fingerprint(vq))
+        split += f" decoded by tokenizer {fingerprint(vq)}"
+    return replace(images, split=split, fingerprint=digest(content),
+                   read=lambda i: Image.fromarray(pixels[i]))
+
+
+@torch.no_grad()
+def reconstruct(vq: VQModel, pixels: np.ndarray) -> np.ndarray:
+    """uint8 (B, S, S, 3) -> what their codes keep of them, of the same shape; a megapixel at a time."""
+    device = next(vq.parameters()).device
+    decoded = []
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # ten bits would change the codes
+        for part in torch.from_numpy(pixels).split(max(2 ** 20 // pixels.shape[1] ** 2, 1)):
+            codes = vq.encode(to_float(part.to(device)))
+            decoded.append(to_uint8(vq.decode(codes)).cpu().numpy())
+    return np.concatenate(decoded)
+
+
+# ---- Sides: what is compared, a stream of images or statistics ---------------------------------------------
 
 @dataclass(frozen=True)
 class Side:
@@ -51,18 +165,16 @@ class Side:
     size: tuple[int, int] | None = None  # H, W in pixels; None for statistics alone
     batches: Callable[[int], Iterator[np.ndarray]] | None = None  # batch size -> uint8 (B, H, W, 3), in order
     labels: np.ndarray | None = None  # (N,) int
+    classes: list[str] | None = None  # names in label order
     protocol: dict = field(default_factory=dict)  # how the images or statistics were made, as their file says
     statistics: dict = field(default_factory=dict)  # mu (D,), sigma (D, D), mu_s, sigma_s
 
 
 def image_side(images: ImageSet, size: int | None = None) -> Side:
-    """A set opened by tokenizer.py as one side; with `size` every image is centre-cropped to (size, size).
+    """A set of images as one side; with `size` every image is centre-cropped to (size, size).
 
-    Reading raises ValueError if there are fewer than 2 images, if one cannot be read, or if their sizes
-    differ.
+    Reading raises ValueError if an image cannot be read or their sizes differ.
     """
-    if len(images) < 2:
-        raise ValueError(f"{images.source} holds {len(images)} image(s) to compare; at least 2 are needed.")
     shape = (size, size) if size else images.read(0).size[::-1]
 
     def pixels(image):
@@ -74,96 +186,107 @@ def image_side(images: ImageSet, size: int | None = None) -> Side:
     def batches(batch):
         for start in range(0, len(images), batch):
             rows = range(start, min(start + batch, len(images)))
-            try:
-                yield np.stack(read_pixels(images, rows, pixels, skip_corrupt=False))
-            except ValueError as error:  # here no image may be left out: it would change the number
-                raise ValueError(str(error).split(", or pass --skip-corrupt")[0]) from None
+            yield np.stack(read_pixels(images, rows, pixels, skip_corrupt=False))
 
     name = f"{images.source} {images.split}".strip() + (f" centre-cropped to {size} px" if size else "")
-    labels = images.labels if images.classes else None
-    return Side(name, images.fingerprint, len(images), shape, batches, labels)
+    labels, classes = (images.labels, images.classes) if images.classes else (None, None)
+    return Side(name, images.fingerprint, len(images), shape, batches, labels, classes)
 
 
-def all_images(source: str | Path) -> ImageSet:
-    """Every image below a folder or in a zip, in order of name, whatever the layout; without labels."""
-    if not Path(source).exists():
-        raise FileNotFoundError(f"{source} does not exist; a folder, a zip or an .npz of images is needed.")
-    files, read_bytes = _list_files(Path(source))
-    names = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES))
-    return ImageSet(str(source), "", names, np.zeros(len(names), np.int64), [],
-                    digest([(name, files[name]) for name in names]),
-                    lambda i: _decode(read_bytes(names[i]), f"{source}/{names[i]}"))
+NPZ_KEYS = ("arr_1", "classes", "protocol", "mu", "sigma", "mu_s", "sigma_s")  # beside the images, arr_0
 
 
 def npz_side(path: str | Path) -> Side:
-    """ADM's .npz: images `arr_0` uint8 (N, H, W, 3), classes `arr_1` (N,); or statistics; or both.
+    """ADM's .npz: images `arr_0` uint8 (N, H, W, 3), labels `arr_1` (N,) int; or statistics; or both.
 
-    `protocol`, a JSON string, is read where sample.py or --save-stats wrote it. Pixels are streamed from the
-    file. Raises FileNotFoundError, or ValueError if the file is damaged, holds neither, or holds no uint8
-    images.
+    Two more arrays are understood where sample.py or --save-stats wrote them: `protocol`, a JSON string, and
+    `classes`, the class names in label order. Pixels are streamed from the file, in its order.
+    Raises FileNotFoundError, or ValueError if the file is damaged or its arrays are not as above.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file.")
-    try:
-        with np.load(path) as file:  # an array is read only when asked for
-            small = {key: file[key] for key in file.files if key != "arr_0"}
-            has_images = "arr_0" in file.files
-    except (zipfile.BadZipFile, zlib.error, EOFError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole .npz file ({error}); copy or write it again.") from None
+    header = None
+    with _damage_told(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("wrong checksum")
+            if "arr_0.npy" in archive.namelist():
+                with archive.open("arr_0.npy") as file:
+                    header = _read_header(file)
+        with np.load(path) as file:
+            small = {key: file[key] for key in NPZ_KEYS if key in file.files}
     try:
         protocol = dict(json.loads(str(small.get("protocol", "{}"))))
     except (TypeError, ValueError):
         raise ValueError(f"{path} has a protocol that is not a JSON object; sample again.") from None
-    statistics = {key: small[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in small}
-    if not has_images and not {"mu", "sigma"} <= set(statistics):
-        raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma): {sorted(small)}.")
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
             sha.update(chunk)
-    fingerprint = sha.hexdigest()[:16]
-    if not has_images:
-        return Side(str(path), fingerprint, protocol.get("images"), protocol=protocol, statistics=statistics)
-    (N, *shape), labels = _npy_header(path), small.get("arr_1")
-    if labels is not None and labels.shape != (N,):
-        raise ValueError(f"{path} has {N} images but labels (arr_1) of shape {labels.shape}, not ({N},).")
-    return Side(str(path), fingerprint, N, tuple(shape[:2]), lambda batch: _npz_batches(path, batch), labels,
-                protocol, statistics)
+    side = Side(str(path), sha.hexdigest()[:16], None, protocol=protocol,
+                statistics=_checked_statistics(path, small))
+    if header is None:
+        if not side.statistics:
+            raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma).")
+        count = protocol.get("images")
+        return replace(side, count=count if isinstance(count, int) else None)
+
+    shape, fortran, dtype = header
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or shape[0] < MIN_IMAGES or fortran:
+        order = "Fortran" if fortran else "C"
+        raise ValueError(f"{path} holds {dtype} images of shape {shape} in {order} order; uint8 (N, H, W, 3) "
+                         f"in C order with N at least {MIN_IMAGES} is needed.")
+    N, labels = shape[0], small.get("arr_1")
+    if labels is not None and (labels.shape != (N,) or labels.dtype.kind not in "iu"):
+        raise ValueError(f"{path} has {N} images but labels (arr_1) of shape {labels.shape} and type "
+                         f"{labels.dtype}; whole numbers of shape ({N},) are needed.")
+    classes = small["classes"].astype(str).ravel().tolist() if "classes" in small else None
+    return replace(side, count=N, size=shape[1:3], batches=lambda batch: _npz_batches(path, batch),
+                   labels=labels, classes=classes)
 
 
-def _npy_header(path, file=None) -> tuple[int, ...]:
-    """Shape of arr_0; leaves an opened `file` behind its header. ValueError unless uint8 (N, H, W, 3)."""
-    if file is None:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            return _npy_header(path, file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
-        raise ValueError(f"{path} holds {dtype} images of shape {shape}; uint8 (N, H, W, 3) is needed.")
-    if shape[0] < 2:
-        raise ValueError(f"{path} holds {shape[0]} image(s) to compare; at least 2 are needed.")
-    return shape
+@contextmanager
+def _damage_told(path):
+    try:
+        yield
+    except Exception as error:  # what a damaged file makes numpy and zipfile raise has no end
+        raise ValueError(f"{path} is damaged or no .npz file ({type(error).__name__}); copy it or write it "
+                         "again.") from None
+
+
+def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type of the .npy in `file`, which is left at the first element."""
+    versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    return versions[np.lib.format.read_magic(file)](file)
 
 
 def _npz_batches(path, batch: int) -> Iterator[np.ndarray]:
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            N, *shape = _npy_header(path, file)
-            for start in range(0, N, batch):
-                data = file.read(min(batch, N - start) * int(np.prod(shape)))
-                yield np.frombuffer(data, np.uint8).reshape(min(batch, N - start), *shape)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}); copy or write it again.") from None
+    with _damage_told(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        (N, H, W, _), *_ = _read_header(file)
+        for start in range(0, N, batch):
+            count = min(batch, N - start)
+            data = bytearray(file.read(count * H * W * 3))  # torch warns of bytes: it may not write them
+            yield np.frombuffer(data, np.uint8).reshape(count, H, W, 3)
 
 
-def read_ahead(batches: Iterable) -> Iterator:
-    """The items of `batches`; the next one is read in a thread while the caller works on this one."""
-    items = iter(batches)
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = pool.submit(next, items, None)
-            yield item
+def _checked_statistics(path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    statistics = {}
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if mean not in arrays and covariance not in arrays:
+            continue
+        mu, sigma = (arrays.get(name, np.zeros(0)) for name in (mean, covariance))
+        sound = mu.ndim == 1 and sigma.shape == (len(mu), len(mu)) and len(mu) > 0
+        if not sound or any(x.dtype.kind != "f" or not np.isfinite(x).all() for x in (mu, sigma)):
+            raise ValueError(f"{path} has statistics {mean} of shape {mu.shape} and {covariance} of shape "
+                             f"{sigma.shape} that are not finite numbers of shapes (D,) and (D, D); compute "
+                             "them again.")
+        statistics |= {mean: mu, covariance: sigma}
+    return statistics
+
+
+def open_samples(name: str) -> Side:
+    """What --fake names: an .npz, or a folder or zip of images. Errors as `npz_side`, `all_images`."""
+    return npz_side(name) if name.endswith(".npz") else image_side(mixed(all_images(name)))
 
 
 # ---- The measures: pure functions on arrays ----------------------------------------------------------------
@@ -199,11 +322,14 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
     return A
 
 
-def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
+SPLIT = 5000  # images behind one Inception Score
+
+
+def inception_score(probabilities: np.ndarray, split: int = SPLIT) -> float:
     """Mean over splits of exp(mean KL(p(y|x) || p(y))), from (N, K) probabilities (Salimans et al.).
 
-    A shorter last split counts like the others, as in ADM. 0 log 0 = 0, where ADM's code gives nan. From 1 to
-    K.
+    Between 1 and K. A shorter last split counts like the others, as in ADM. 0 log 0 = 0, where ADM's code
+    gives nan.
     """
     splits = [probabilities[i:i + split] for i in range(0, len(probabilities), split)]
     return float(np.mean([_split_score(p) for p in splits]))
@@ -223,10 +349,13 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3, block: int 
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"precision and recall with k = {k} need more than {k} images on both sides.")
-    real, fake = (torch.as_tensor(x).to(torch.float64) for x in (real, fake))
-    radius_real, radius_fake = (torch.cat([_squared_distances(rows, x).kthvalue(k + 1).values
-                                           for rows in x.split(block)]) for x in (real, fake))
-    precise, covered = 0, torch.zeros(len(real), dtype=torch.bool)
+    def radii(x):  # of each row the squared distance to its k-th neighbour; the first is the row itself
+        return torch.cat([_squared_distances(rows, x).kthvalue(k + 1).values for rows in x.split(block)])
+
+    real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
+    radius_real, radius_fake = radii(real), radii(fake)
+    precise = 0
+    covered = torch.zeros(len(real), dtype=torch.bool)
     for rows, radius in zip(fake.split(block), radius_fake.split(block)):
         distance = _squared_distances(rows, real)  # (block, N1)
         precise += (distance <= radius_real).any(1).sum().item()
@@ -288,325 +417,67 @@ def feature_statistics(side: Side, extract: Callable[[np.ndarray], Features], ba
     """One pass over the images of a side. Of the features, those of at most `keep` images stay in memory.
 
     Statistics that came with the file are used instead of computed ones, as ADM does with its reference
-    files.
+    files. Errors as reading the side raises.
     """
     if side.batches is None:
         return Statistics(side.statistics)
-    N, done, hits = side.count, 0, 0
+    N = side.count
     kept = np.zeros(N, bool)
     kept[np.linspace(0, N - 1, min(keep, N)).astype(int)] = True
-    pool, spatial, features, waiting, scores = Moments(), Moments(), [], [], []
+    pool, spatial, features = Moments(), Moments(), []
+    probabilities, scores = [], []  # of the split that is being filled; of the full ones
+    done = hits = 0
     for pixels in tqdm(read_ahead(side.batches(batch)), side.name, -(-N // batch), unit="batch", leave=False):
         rows = slice(done, done + len(pixels))
-        f = extract(pixels)
-        pool.add(f.pool)
-        if f.spatial is not None:
-            spatial.add(f.spatial)
-        features.append(f.pool.cpu().numpy()[kept[rows]])
-        if side.labels is not None:
-            hits += (f.probabilities.argmax(1).cpu().numpy() == side.labels[rows]).sum()
-        for p in f.probabilities.cpu().numpy():  # whole splits leave memory as they fill
-            waiting.append(p)
-            if len(waiting) == 5000:
-                scores.append(_split_score(np.stack(waiting)))
-                waiting.clear()
         done += len(pixels)
-    if waiting:
-        scores.append(_split_score(np.stack(waiting)))
+        found = extract(pixels)
+        pool.add(found.pool)
+        if found.spatial is not None:
+            spatial.add(found.spatial)
+        features.append(found.pool.cpu().numpy()[kept[rows]])
+        if side.labels is not None:
+            hits += (found.probabilities.argmax(1).cpu().numpy() == side.labels[rows]).sum()
+        for row in found.probabilities.cpu().numpy():
+            probabilities.append(row)
+            if len(probabilities) == SPLIT:
+                scores.append(_split_score(np.stack(probabilities)))
+                probabilities.clear()
+    if probabilities:
+        scores.append(_split_score(np.stack(probabilities)))
+
     moments = dict(zip(("mu", "sigma"), pool.result()))
     if spatial.count:
         moments |= dict(zip(("mu_s", "sigma_s"), spatial.result()))
-    return Statistics(side.statistics or moments, np.concatenate(features), float(np.mean(scores)),
-                      None if side.labels is None else hits / N)
+    agreement = None if side.labels is None else hits / N
+    return Statistics(side.statistics or moments, np.concatenate(features), float(np.mean(scores)), agreement)
+
+
+def read_ahead(batches: Iterable) -> Iterator:
+    """The items of `batches`; the next one is read in a thread while the caller works on this one."""
+    items = iter(batches)
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
 
 
 def compare(real: Statistics, fake: Statistics, suffix: str = "") -> dict[str, float | None]:
     """The row of a table; None where a side lacks what a measure needs. `suffix` "-c": of a classifier."""
-    def frechet(*names):
-        if set(names) <= real.moments.keys() & fake.moments.keys():
-            return frechet_distance(*(side.moments[name] for side in (real, fake) for name in names))
+    def frechet(mean, covariance):
+        if not all(name in side.moments for side in (real, fake) for name in (mean, covariance)):
+            return None
+        return frechet_distance(real.moments[mean], real.moments[covariance],
+                                fake.moments[mean], fake.moments[covariance])
 
-    both = real.features is not None and fake.features is not None
-    precision, recall = precision_recall(real.features, fake.features) if both else (None, None)
+    precision = recall = None
+    if real.features is not None and fake.features is not None:
+        precision, recall = precision_recall(real.features, fake.features)
     if suffix:
-        return {f"FD{suffix}": frechet("mu", "sigma"), f"precision{suffix}": precision,
-                f"recall{suffix}": recall, "class agreement": fake.agreement}
+        return {f"FD{suffix}": frechet("mu", "sigma"), f"IS{suffix}": fake.score,
+                f"precision{suffix}": precision, f"recall{suffix}": recall, "class agreement": fake.agreement}
     return {"FID": frechet("mu", "sigma"), "sFID": frechet("mu_s", "sigma_s"), "IS": fake.score,
             "precision": precision, "recall": recall}
-
-
-# ---- In-domain features: a small residual classifier of the real images ------------------------------------
-
-class ResidualBlock(nn.Module):
-    """(B, cin, h, w) -> (B, cout, h / 2, w / 2)."""
-
-    def __init__(self, cin: int, cout: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(cin, cout, 3, stride=2, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1, bias=False)
-        self.skip = nn.Conv2d(cin, cout, 1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(cout), nn.BatchNorm2d(cout)
-
-    def forward(self, x):
-        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(h + self.skip(F.avg_pool2d(x, 2)))
-
-
-class Classifier(nn.Module):
-    """float (B, 3, S, S) in [-1, 1] -> features (B, 256) and logits (B, K)."""
-
-    def __init__(self, classes: int, size: int):
-        super().__init__()
-        stride = max(size // 32, 1)  # the stem leaves about 32 x 32 places at every image size
-        self.stem = nn.Conv2d(3, 32, 2 * stride + 1, stride, padding=stride, bias=False)
-        self.norm = nn.BatchNorm2d(32)
-        self.blocks = nn.Sequential(ResidualBlock(32, 64), ResidualBlock(64, 128), ResidualBlock(128, 256))
-        self.head = nn.Linear(256, classes)
-
-    def forward(self, x):
-        features = self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3))
-        return features, self.head(features)
-
-
-def train_classifier(images: ImageSet, size: int, steps: int, batch: int = 64,
-                     device: str = "cpu") -> Classifier:
-    """SGD on images of `size` pixels, one cycle, flips and shifts up to size / 8. The same on every call."""
-    rng, order = np.random.default_rng(0), np.zeros(0, np.int64)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Classifier(len(images.classes), size).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
-    shift = size // 8
-
-    def batches():
-        nonlocal order
-        for _ in range(steps):
-            while len(order) < batch:
-                order = np.concatenate([order, rng.permutation(len(images))])
-            rows, order = order[:batch], order[batch:]
-            pixels = np.stack(read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)),
-                                          skip_corrupt=False))
-            pixels = np.pad(pixels, ((0, 0), (shift, shift), (shift, shift), (0, 0)), "reflect")
-            places = rng.integers(2 * shift + 1, size=(batch, 2))
-            flips = rng.choice([1, -1], size=batch)
-            crops = [p[y:y + size, x:x + size][:, ::flip] for p, (y, x), flip in zip(pixels, places, flips)]
-            yield np.stack(crops), images.labels[rows]
-
-    for pixels, labels in (bar := tqdm(read_ahead(batches()), "training the classifier", steps)):
-        x = to_float(torch.from_numpy(pixels).to(device))
-        loss = F.cross_entropy(model(x)[1], torch.from_numpy(labels).to(device), label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if bar.n % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval().requires_grad_(False)
-
-
-def load_classifier(source: str, size: int, steps: int, cache: str | Path = "cache",
-                    device: str = "cpu") -> tuple[Classifier, str]:
-    """The classifier of `source` (what open_images takes) and its protocol line; trained if not in `cache`.
-
-    Raises ValueError if `source` has no labels or the cached file is damaged.
-    """
-    if str(source).endswith(".npz"):
-        raise ValueError(f"--features classifier trains on labelled images and {source} is an .npz; name "
-                         "with --real a folder or a zip with one folder per class, or shapes.")
-    images = open_images(source)
-    meta = {"images": images.fingerprint, "classes": images.classes, "size": size, "steps": steps}
-    path = Path(cache) / f"classifier-{Path(source).name}-{size}px-{digest(meta)[:8]}.pt"
-    if not path.exists():
-        model = train_classifier(images, size, steps, device=device)
-        held_out = image_side(open_images(source, "val"), size)
-        accuracy = feature_statistics(held_out, classifier_extractor(model, device)).agreement
-        state = {name: value.cpu() for name, value in model.state_dict().items()}
-        write_file(path, lambda file: torch.save({"model": state, "accuracy": float(accuracy),
-                                                  "held_out": held_out.count, "meta": meta}, file))
-    saved = read_weights(path)
-    model = Classifier(len(images.classes), size)
-    if saved.get("meta") != meta:
-        raise ValueError(f"{path} is not the classifier of {source}; delete it to train one again.")
-    model.load_state_dict(saved["model"])
-    line = (f"features: classifier {_weights_hash(saved['model'])[:16]}, trained for {steps:,} steps on "
-            f"{len(images):,} images of {source} train ({images.fingerprint}) at {size} px; right on "
-            f"{saved['accuracy']:.1%} of {saved['held_out']:,} held-out ones; {len(images.classes)} classes")
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), line
-
-
-def classifier_extractor(model: Classifier, device: str = "cpu") -> Callable[[np.ndarray], Features]:
-    """uint8 (B, S, S, 3) -> Features: D = 256, no spatial ones, probabilities over the classes trained on."""
-    @torch.no_grad()
-    def extract(pixels):
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pool, logits = model(to_float(torch.from_numpy(pixels).to(device)))
-        return Features(pool, None, logits.double().softmax(1))
-    return extract
-
-
-def _weights_hash(state: dict[str, torch.Tensor]) -> str:
-    sha = hashlib.sha256()
-    for name in sorted(state):
-        sha.update(name.encode() + state[name].contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-
-# ---- Command line: the table and its protocol --------------------------------------------------------------
-
-CONVENTION = 50_000  # samples behind a published FID; ADM's precision and recall have 10,000 reals
-
-
-def protocol_lines(real: Side, fakes: list[Side], features: str) -> list[str]:
-    """What the numbers were measured on and how: one line a side, one for the features."""
-    def line(role, side):
-        count = "an unknown number of" if side.count is None else f"{side.count:,}"
-        size = f" of {side.size[1]} x {side.size[0]}" if side.size else ""
-        made = ", ".join(f"{key} {value}" for key, value in side.protocol.items() if key != "features")
-        if role == "fake":
-            made = made or "guidance, temperature, student or teacher: not recorded in the file"
-        source = "; covariances from the file's own statistics" if side.statistics else ""
-        return f"{role}: {side.name}, {count} images{size}, fingerprint {side.fingerprint}{source}" + \
-            (f"; {made}" if made else "")
-
-    return [line("real", real), *(line("fake", side) for side in fakes), features,
-            "precision, recall: k = 3, float64, on at most 10,000 real and 50,000 fake images, evenly spaced"]
-
-
-def warning_lines(real: Side, fakes: list[Side], dims: int) -> list[str]:
-    """Reasons to distrust or not to compare the numbers of a table, `dims` being the number of features."""
-    lines = []
-    for side in {side.fingerprint: side for side in (real, *fakes)}.values():
-        if side.count is not None and side.count < max(dims, 2048):
-            rank = "; the covariance is rank-deficient" if side.count <= dims else ""
-            lines.append(f"warning: {side.name} has {side.count:,} images, under 2,048: the distance is "
-                         f"biased upwards{rank}")
-    if odd := sorted({side.count for side in fakes if side.count != CONVENTION}, key=str):
-        counts = ", ".join("unknown" if count is None else f"{count:,}" for count in odd)
-        lines.append(f"warning: sample counts of {counts} instead of the usual {CONVENTION:,}: not "
-                     "comparable with published numbers, nor with each other unless equal")
-    if real.batches is None:
-        lines.append(f"warning: {real.name} holds statistics alone; precision and recall need its images")
-    return lines
-
-
-def format_table(rows: dict[str, dict[str, float | None]]) -> str:
-    """{name: {measure: value}} -> aligned text; "-" where there is no value."""
-    head = list(next(iter(rows.values())))
-    cells = [[name, *("-" if value is None else f"{round(value, 4) + 0.0:.4f}" for value in row.values())]
-             for name, row in rows.items()]  # + 0.0: no "-0.0000"
-    widths = [max(map(len, column)) for column in zip(["", *head], *cells)]
-    return "\n".join("  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])])
-                     for name, *values in [["", *head], *cells])
-
-
-def open_sides(real: str, fakes: list[str], split: str, size: int | None) -> tuple[Side, list[Side]]:
-    """Open both sides at one image size: real folders and zips are centre-cropped to the fakes' (or `size`).
-
-    The fake "held-out" stands for the validation images of `real`. Raises ValueError if sizes do not agree.
-    """
-    def open_real(split):
-        return image_side(open_images(real, split), size)
-
-    opened = {name: npz_side(name) if name.endswith(".npz") else image_side(all_images(name))
-              for name in dict.fromkeys(fakes) if name != "held-out"}
-    size = size or next((side.size[0] for side in opened.values() if side.size), None)
-    if real.endswith(".npz") and "held-out" in fakes:
-        raise ValueError(f"held-out stands for validation images of --real; {real} is an .npz without.")
-    if not Path(real).exists() and real != "shapes":
-        raise FileNotFoundError(f"{real} does not exist; --real takes a folder, a zip, an .npz, or: shapes.")
-    sides = [npz_side(real) if real.endswith(".npz") else open_real(split),
-             *(opened[name] if name in opened else
-               replace(open_real("val"), name=name, protocol={"real images": f"{real} val"})
-               for name in dict.fromkeys(fakes))]
-    sizes = {side.size: side.name for side in sides if side.size}
-    if len(sizes) > 1:
-        told = ", ".join(f"{name} ({shape[1]} x {shape[0]})" for shape, name in sizes.items())
-        raise ValueError(f"images of different sizes do not compare: {told}; sample again at one size, or "
-                         "crop real ones with --image-size.")
-    return sides[0], sides[1:]
-
-
-def check_statistics(side: Side, features: str) -> None:
-    """Statistics must come from the same features. Those without a protocol are ADM's, hence of --resize adm.
-
-    Raises ValueError naming both sides.
-    """
-    unmarked = features if "resize adm" in features else "ADM's suite or another package"
-    made = side.protocol.get("features", unmarked)
-    if side.statistics and made != features:
-        raise ValueError(f"the statistics {side.name} were made with {made!r}, the images would be read with "
-                         f"{features!r}; use the same --features, --weights and --resize, or the images.")
-
-
-def parse_args() -> argparse.Namespace:
-    """The command line; impossible combinations end with a sentence."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--real", required=True, help="folder, zip, shapes, or .npz of images or statistics")
-    parser.add_argument("--fake", nargs="*", default=[], help=".npz, folder or zip of samples, or: held-out")
-    parser.add_argument("--split", choices=["train", "val"], default="train", help="which images of --real")
-    parser.add_argument("--image-size", type=int, help="centre-crop real images (default: to the fakes')")
-    parser.add_argument("--features", choices=["inception", "classifier"], default="inception")
-    parser.add_argument("--resize", choices=["adm", "pytorch-fid"], default="adm", help="to 299 px")
-    parser.add_argument("--weights", help="InceptionV3's weights (default: downloaded once into --cache)")
-    parser.add_argument("--classifier-steps", type=int, default=1200, help="training steps of 64 images")
-    parser.add_argument("--cache", default="cache", help="folder for weights and trained classifiers")
-    parser.add_argument("--save-stats", metavar="FILE", help="write the real side's statistics as .npz")
-    parser.add_argument("--json", metavar="FILE", help="write the table, protocol and warnings")
-    parser.add_argument("--batch", type=int, default=64, help="images at once; no number depends on it")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    if not args.fake and not args.save_stats:
-        parser.error("nothing to do: name samples with --fake, or a file with --save-stats")
-    if args.save_stats and args.features == "classifier":
-        parser.error("--save-stats is for Inception; features of a classifier compare only within one table")
-    if args.batch < 1 or args.classifier_steps < 1 or (args.image_size or 1) < 1:
-        parser.error("--batch, --classifier-steps and --image-size must be at least 1")
-    return args
-
-
-def main() -> None:
-    """Parse the command line, measure, print the table with its protocol, write what was asked for."""
-    args = parse_args()
-    real, fakes = open_sides(args.real, args.fake, args.split, args.image_size)
-    suffix, dims, note = "", 2048, []
-    if args.features == "classifier":
-        size = fakes[0].size and fakes[0].size[0]
-        if any(side.size is None or side.size[0] != side.size[1] for side in (real, *fakes)):
-            raise ValueError("--features classifier needs square images on both sides, not statistics.")
-        model, features = load_classifier(args.real, size, args.classifier_steps, args.cache, args.device)
-        extract, K = classifier_extractor(model, args.device), model.head.out_features
-        suffix, dims = "-c", 256
-        note = ["FD-c, precision-c, recall-c, class agreement: compare only with each other, never with FID"]
-        for side in fakes:
-            if side.labels is None:
-                note.append(f"{side.name} has no labels (arr_1), hence no class agreement")
-            elif not 0 <= side.labels.min() <= side.labels.max() < K:
-                raise ValueError(f"{side.name} has labels {side.labels.min()} to {side.labels.max()}, "
-                                 f"{args.real} has {K} classes; these samples belong to other data.")
-    else:
-        model, features = load_inception(args.weights, args.cache, args.resize, args.device)
-        extract = inception_extractor(model, args.resize, args.device)
-        for side in (real, *fakes):
-            check_statistics(side, features)
-
-    protocol = protocol_lines(real, fakes, features) + note
-    warnings = warning_lines(real, fakes, dims) + (
-        ["warning: these are not the published Inception weights; the numbers compare only with each other"]
-        if not suffix and INCEPTION_SHA256[:16] not in features else [])
-    reference = feature_statistics(real, extract, args.batch)
-    if args.save_stats:
-        about = json.dumps({"images": real.count, "source": real.name, "fingerprint": real.fingerprint,
-                            "features": features})
-        write_file(args.save_stats, lambda file: np.savez(file, **reference.moments, protocol=about))
-    rows = {side.name: compare(reference, feature_statistics(side, extract, args.batch, CONVENTION), suffix)
-            for side in fakes}
-    if rows:
-        print(format_table(rows))
-    print("\n".join(protocol + warnings))
-    if args.json:
-        scores = {"scores": rows, "protocol": protocol, "warnings": warnings}
-        write_file(args.json, lambda file: file.write(json.dumps(scores, indent=1).encode()))
 
 
 # ---- InceptionV3 of 2015-12-05, as FID has always used it (Szegedy et al., arXiv 1512.00567) ---------------
@@ -751,8 +622,8 @@ def resize_adm(x: torch.Tensor, size: int = 299) -> torch.Tensor:
     return x
 
 
-def load_inception(weights: str | None, cache: str | Path, resize: str,
-                   device: str) -> tuple[InceptionV3, str]:
+def load_inception(weights: str | None, cache: str | Path, resize: str = "adm",
+                   device: torch.device | str = "cpu") -> tuple[InceptionV3, str]:
     """InceptionV3 with the weights in a file (by default downloaded once to `cache`), and its protocol line.
 
     Raises ValueError if the download fails, or if the file is truncated or of another network.
@@ -763,8 +634,9 @@ def load_inception(weights: str | None, cache: str | Path, resize: str,
     state, model = read_weights(path), InceptionV3()
     own = model.state_dict()  # files saved before torch 0.4.1 lack the counters, which nothing here reads
     state = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | state
-    wrong = sorted(state.keys() ^ own.keys()) or \
-        [name for name in own if getattr(state[name], "shape", None) != own[name].shape]
+    wrong = sorted(state.keys() ^ own.keys())
+    wrong += [name for name in own.keys() & state.keys()
+              if getattr(state[name], "shape", None) != own[name].shape]
     if wrong:
         raise ValueError(f"{path} is not FID's InceptionV3 ({len(wrong)} names or shapes differ, {wrong[0]} "
                          f"first); get {INCEPTION_URL}.")
@@ -791,11 +663,11 @@ def _download_inception(file) -> None:
 
 
 def inception_extractor(model: InceptionV3, resize: str = "adm",
-                        device: str = "cpu") -> Callable[[np.ndarray], Features]:
+                        device: torch.device | str = "cpu") -> Callable[[np.ndarray], Features]:
     """uint8 (B, H, W, 3) -> Features: D = 2048, 2023 spatial ones, K = 1008 probabilities.
 
-    `resize` "adm" is TensorFlow's bilinear and (x - 128) / 128; "pytorch-fid" half-pixel bilinear and x /
-    127.5 - 1.
+    `resize` "adm" is TensorFlow's bilinear and (x - 128) / 128; "pytorch-fid" is half-pixel bilinear and
+    x / 127.5 - 1.
     """
     @torch.no_grad()
     def extract(pixels):
@@ -809,6 +681,412 @@ def inception_extractor(model: InceptionV3, resize: str = "adm",
         logits = pool @ model.fc.weight.T  # ADM: without the bias
         return Features(pool, spatial, logits.double().softmax(1))
     return extract
+
+
+# ---- In-domain features: a small residual classifier of the real images ------------------------------------
+
+class ResidualBlock(nn.Module):
+    """(B, cin, h, w) -> (B, cout, h / 2, w / 2), rounded up."""
+
+    def __init__(self, cin: int, cout: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, cout, 3, stride=2, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1, bias=False)
+        self.skip = nn.Conv2d(cin, cout, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(cout), nn.BatchNorm2d(cout)
+
+    def forward(self, x):
+        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(h + self.skip(F.avg_pool2d(x, 2, ceil_mode=True)))
+
+
+class Classifier(nn.Module):
+    """float (B, 3, S, S) in [-1, 1] -> features (B, 256) and logits (B, K)."""
+
+    def __init__(self, classes: int, size: int):
+        super().__init__()
+        stride = max(size // 32, 1)  # the stem leaves about 32 x 32 places at every image size
+        self.stem = nn.Conv2d(3, 32, 2 * stride + 1, stride, padding=stride, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.blocks = nn.Sequential(ResidualBlock(32, 64), ResidualBlock(64, 128), ResidualBlock(128, 256))
+        self.head = nn.Linear(256, classes)
+
+    def forward(self, x):
+        features = self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3))
+        return features, self.head(features)
+
+
+def train_classifier(images: ImageSet, size: int, steps: int, batch: int = 64,
+                     device: torch.device | str = "cpu") -> Classifier:
+    """SGD on images of `size` pixels, one cycle, flips and shifts up to size / 8. The same on every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Classifier(len(images.classes), size).to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
+    batches = read_ahead(_training_batches(images, size, steps, batch))
+    for pixels, labels in (bar := tqdm(batches, "training the classifier", steps)):
+        x = to_float(torch.from_numpy(pixels).to(device))
+        loss = F.cross_entropy(model(x)[1], torch.from_numpy(labels).to(device), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if bar.n % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval().requires_grad_(False)
+
+
+def _training_batches(images, size, steps, batch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Flipped and shifted crops uint8 (B, S, S, 3) and labels (B,); each epoch is one permutation."""
+    rng = np.random.default_rng(0)
+    order, shift = np.zeros(0, np.int64), size // 8
+    for _ in range(steps):
+        while len(order) < batch:
+            order = np.concatenate([order, rng.permutation(len(images))])
+        rows, order = order[:batch], order[batch:]
+        pixels = np.stack(read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)),
+                                      skip_corrupt=False))
+        pixels = np.pad(pixels, ((0, 0), (shift, shift), (shift, shift), (0, 0)), "reflect")
+        places = rng.integers(2 * shift + 1, size=(batch, 2))
+        flips = rng.choice([1, -1], size=batch)
+        crops = [p[y:y + size, x:x + size][:, ::flip] for p, (y, x), flip in zip(pixels, places, flips)]
+        yield np.stack(crops), images.labels[rows]
+
+
+def load_classifier(images: ImageSet, held_out: ImageSet, size: int, steps: int, cache: str | Path = "cache",
+                    device: torch.device | str = "cpu") -> tuple[Classifier, str]:
+    """The classifier of labelled `images` and its protocol line; trained if it is not in `cache`.
+
+    Its accuracy on `held_out` stands in the line. Images that are `in_memory` have the fingerprint of their
+    pixels, so that no classifier of other pixels is found. Raises ValueError if the cached file is damaged.
+    """
+    meta = {"images": images.fingerprint, "held_out": held_out.fingerprint, "classes": images.classes,
+            "size": size, "steps": steps}
+    path = Path(cache) / f"classifier-{Path(images.source).name}-{size}px-{digest(meta)[:8]}.pt"
+    if not path.exists():
+        check_output(path)
+        model = train_classifier(images, size, steps, device=device)
+        extract = classifier_extractor(model, device)
+        accuracy = feature_statistics(image_side(held_out, size), extract).agreement
+        state = {name: value.cpu() for name, value in model.state_dict().items()}
+        write_file(path, lambda file: torch.save({"model": state, "accuracy": float(accuracy),
+                                                  "held_out": len(held_out), "meta": meta}, file))
+    saved = read_weights(path)
+    if saved.get("meta") != meta:
+        raise ValueError(f"{path} is not the classifier of {images.source}; delete it to train one again.")
+    model = Classifier(len(images.classes), size)
+    model.load_state_dict(saved["model"])
+    line = (f"features: classifier {fingerprint(model)}, trained for {steps:,} steps on {len(images):,} "
+            f"images of {images.source} {images.split} ({images.fingerprint}) at {size} px; right on "
+            f"{saved['accuracy']:.1%} of {saved['held_out']:,} held-out ones; {len(images.classes)} classes")
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), line
+
+
+def classifier_extractor(model: Classifier,
+                         device: torch.device | str = "cpu") -> Callable[[np.ndarray], Features]:
+    """uint8 (B, S, S, 3) -> Features: D = 256, no spatial ones, probabilities over the classes trained on."""
+    @torch.no_grad()
+    def extract(pixels):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            pool, logits = model(to_float(torch.from_numpy(pixels).to(device)))
+        return Features(pool, None, logits.double().softmax(1))
+    return extract
+
+
+# ---- The table and its protocol ----------------------------------------------------------------------------
+
+CONVENTION = 50_000  # samples behind a published FID; ADM's precision and recall have 10,000 reals
+
+
+def protocol_lines(real: Side, fakes: list[Side], features: str) -> list[str]:
+    """What the numbers were measured on and how: one line a side, one for the features."""
+    def line(role, side):
+        count = "an unknown number of" if side.count is None else f"{side.count:,}"
+        size = f" of {side.size[1]} x {side.size[0]}" if side.size else ""
+        text = f"{role}: {side.name}, {count} images{size}, fingerprint {side.fingerprint}"
+        if side.statistics:
+            text += "; covariances from the file's own statistics"
+        made = [f"{key} {value}" for key, value in side.protocol.items() if key != "features"]
+        if not made and role == "fake":
+            made = ["guidance, temperature, student or teacher: not recorded in the file"]
+        return "; ".join([text, ", ".join(made)]) if made else text
+
+    return [line("real", real), *(line("fake", side) for side in fakes), features,
+            "precision, recall: k = 3, float64, on at most 10,000 real and 50,000 fake images, evenly spaced"]
+
+
+def warning_lines(real: Side, fakes: list[Side], dims: int) -> list[str]:
+    """Reasons to distrust or not to compare the numbers of a table, `dims` being the number of features."""
+    lines = []
+    for side in {side.fingerprint: side for side in (real, *fakes)}.values():
+        if side.count is not None and side.count < max(dims, 2048):
+            rank = "; the covariance is rank-deficient" if side.count <= dims else ""
+            lines.append(f"warning: {side.name} has {side.count:,} images, under 2,048: the distance is "
+                         f"biased upwards{rank}")
+    if odd := sorted({side.count for side in fakes if side.count != CONVENTION}, key=str):
+        counts = ", ".join("unknown" if count is None else f"{count:,}" for count in odd)
+        lines.append(f"warning: sample counts of {counts} instead of the usual {CONVENTION:,}: not "
+                     "comparable with published numbers, nor with each other unless equal")
+    if real.batches is None:
+        lines.append(f"warning: {real.name} holds statistics alone; precision and recall need its images")
+    return lines
+
+
+def format_table(rows: dict[str, dict[str, float | None]]) -> str:
+    """{name: {measure: value}} -> aligned text; "-" where there is no value."""
+    def cell(value):
+        return "-" if value is None else f"{round(value, 4) + 0.0:.4f}"  # + 0.0: no "-0.0000"
+
+    measures = list(next(iter(rows.values())))
+    lines = [["", *measures]] + [[name, *map(cell, row.values())] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])])
+                     for name, *values in lines)
+
+
+# ---- Command line ------------------------------------------------------------------------------------------
+
+REAL_ROWS = ("held-out", "reconstructions")  # rows of --fake that are made of --real's images
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; None: the program's own. Raises ValueError for flags that do not go together."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--real", required=True, help="folder, zip, shapes, or .npz of images or statistics")
+    parser.add_argument("--fake", nargs="*", default=[], metavar="FILE",
+                        help=".npz, folder or zip of samples; held-out: real validation images; "
+                        "reconstructions: real images encoded and decoded by --vq, the floor")
+    parser.add_argument("--reference", choices=["originals", "reconstructions"], default="originals",
+                        help="compare with real images as they are, or encoded and decoded by --vq")
+    parser.add_argument("--vq", help="the tokenizer of the reconstructions: a file or a run folder")
+    parser.add_argument("--floor-images", type=within(int, MIN_IMAGES, 1e7), default=5000,
+                        help="how many, evenly spaced, --fake reconstructions has")
+    parser.add_argument("--subset", default="", metavar="FILE", help="class folders of --real, one a line")
+    parser.add_argument("--split", choices=["train", "val"], default="train", help="which images of --real")
+    parser.add_argument("--image-size", type=within(int, 8, 4096),
+                        help="centre-crop real images, pixels (default: to the fakes' size)")
+    parser.add_argument("--features", choices=["inception", "classifier"], default="inception")
+    parser.add_argument("--resize", choices=["adm", "pytorch-fid"], default="adm", help="to 299 px")
+    parser.add_argument("--weights", help="InceptionV3's weights (default: downloaded once into --cache)")
+    parser.add_argument("--classifier-steps", type=within(int, 10, 1e7), default=1200,
+                        help="training steps of 64 images")
+    parser.add_argument("--cache", default="cache", help="folder for weights and trained classifiers")
+    parser.add_argument("--save-stats", metavar="FILE", help="write the real side's statistics as .npz")
+    parser.add_argument("--json", metavar="FILE", help="write the table, protocol and warnings")
+    parser.add_argument("--batch", type=within(int, 1, 100_000), default=64,
+                        help="images at once; no number depends on it")
+    parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
+    args = parser.parse_args(argv)
+    args.real = find_npz(args.real)
+    args.fake = list(dict.fromkeys(find_npz(name) for name in args.fake))
+    check_flags(args, {name for name, value in vars(args).items() if value != parser.get_default(name)})
+    return args
+
+
+def find_npz(name: str) -> str:
+    """`name`, or name.npz if only that exists."""
+    if name in ("shapes", *REAL_ROWS) or Path(name).exists() or not Path(f"{name}.npz").is_file():
+        return name
+    return f"{name}.npz"
+
+
+def check_flags(args: argparse.Namespace, given: set[str]) -> None:
+    """Raise ValueError or OSError, in one sentence, for flags that do not go together or do nothing.
+
+    `given` are the names of the flags whose values are not the defaults.
+    """
+    classifier = args.features == "classifier"
+    decoded = args.reference == "reconstructions"
+    of_images = not args.real.endswith(".npz")
+    if not args.fake and not args.save_stats:
+        raise ValueError("nothing to do: name samples with --fake, or a file with --save-stats.")
+    for row in REAL_ROWS:
+        if not of_images and row in (*args.fake, args.reference):
+            raise ValueError(f"{row} is made of --real's images and {args.real} is an .npz; name a folder or "
+                             "a zip.")
+    if classifier and not of_images:
+        raise ValueError(f"--features classifier trains on labelled images and {args.real} is an .npz; name "
+                         "with --real a folder or a zip with one folder per class, or shapes.")
+    if decoded and "reconstructions" in args.fake:
+        raise ValueError("reconstructions cannot be fakes and the reference at once; leave one out.")
+    reconstructions = decoded or "reconstructions" in args.fake
+    if reconstructions and not args.vq:
+        raise ValueError("reconstructions need a tokenizer; name its file or a run folder with --vq.")
+
+    needs = {"vq": ("reconstructions in --fake or --reference", reconstructions),
+             "floor_images": ("--fake reconstructions", "reconstructions" in args.fake),
+             "subset": ("a folder or a zip as --real", of_images),
+             "split": ("a folder or a zip as --real", of_images),
+             "image_size": ("a folder or a zip as --real", of_images),
+             "weights": ("--features inception", not classifier),
+             "resize": ("--features inception", not classifier),
+             "save_stats": ("--features inception, a classifier's compare only in one table", not classifier),
+             "classifier_steps": ("--features classifier", classifier)}
+    for name, (what, there) in needs.items():
+        if name in given and not there:
+            raise ValueError(f"--{name.replace('_', '-')} works only with {what}; leave it out.")
+
+    if args.save_stats and not args.save_stats.endswith(".npz"):
+        raise ValueError(f"--save-stats {args.save_stats}: call it {args.save_stats}.npz, as --real wants.")
+    inputs = {Path(name).resolve() for name in (args.real, *args.fake, args.weights, args.vq) if name}
+    for path in (args.save_stats, args.json):
+        if path and Path(path).resolve() in inputs:
+            raise ValueError(f"{path} is an input and would be overwritten; choose another name.")
+        if path:
+            check_output(path)
+
+
+class Opened(NamedTuple):
+    """What the command line names, found and fitting together, before any long work."""
+    samples: dict[str, Side]  # of --fake, by name, without the rows made of real images
+    real: Side | None  # of an .npz
+    sets: dict[str, ImageSet]  # of other real images the splits that are needed
+    size: int | None  # to which they are centre-cropped, pixels; None: as they are
+    vq: VQModel | None
+
+
+def open_all(args: argparse.Namespace, device: torch.device) -> Opened:
+    """Open whatever the command line names; ValueError or OSError, in one sentence, if it does not fit."""
+    classifier = args.features == "classifier"
+    samples = {name: open_samples(name) for name in args.fake if name not in REAL_ROWS}
+    real, sets = None, {}
+    if args.real.endswith(".npz"):
+        real = npz_side(args.real)
+    else:
+        needed = [split for split in ("train", "val") if split == args.split or classifier
+                  or (split == "val" and "held-out" in args.fake)]
+        sets = {split: open_real(args.real, split, args.subset) for split in needed}
+    size = common_size([real, *samples.values()] if real else list(samples.values()), args.image_size)
+    if sets and size and size[0] != size[1]:
+        raise ValueError(f"real images are cropped to squares, the fakes are {size[1]} x {size[0]}; sample "
+                         "squares, or name an .npz with --real.")
+    if classifier:
+        samples = {name: replace(side, statistics={}) for name, side in samples.items()}
+        for side in samples.values():
+            check_classes(side, sets["train"])
+    vq = load_tokenizer(tokenizer_file(args.vq), device) if args.vq else None
+    if sets and not size and (classifier or vq):
+        size = (min(sets[args.split].read(0).size),) * 2
+    if vq and size[0] % vq.config.downsample:
+        raise ValueError(f"image size {size[0]} is no multiple of {vq.config.downsample}, the factor of "
+                         f"{args.vq}; choose another --image-size.")
+    return Opened(samples, real, sets, size[0] if size else None, vq)
+
+
+def common_size(sides: list[Side], asked: int | None) -> tuple[int, int] | None:
+    """The (H, W) of all sides and of --image-size; None if nothing tells; ValueError if they differ."""
+    names = {side.size: side.name for side in sides if side.size}
+    if asked:
+        names[asked, asked] = "--image-size"
+    if len(names) > 1:
+        told = ", ".join(f"{name} ({shape[1]} x {shape[0]})" for shape, name in names.items())
+        raise ValueError(f"images of different sizes do not compare: {told}; sample again at one size, or "
+                         "crop real ones with --image-size.")
+    return next(iter(names), None)
+
+
+def tokenizer_file(name: str) -> Path:
+    """The file that --vq names: itself, or tokenizer.pt in a run folder. Raises FileNotFoundError."""
+    path = Path(name) / "tokenizer.pt" if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no tokenizer {path}; name a tokenizer's file with --vq.")
+    return path
+
+
+def check_classes(side: Side, images: ImageSet) -> None:
+    """Raise ValueError, in one sentence, if a classifier of `images` cannot judge the samples of `side`."""
+    if side.size is None or side.size[0] != side.size[1]:
+        raise ValueError(f"--features classifier needs square images; {side.name} has none.")
+    K = len(images.classes)
+    if side.classes is not None and side.classes != images.classes:
+        differ = sorted(set(side.classes) ^ set(images.classes)) or ["their order"]
+        raise ValueError(f"{side.name} was drawn from {len(side.classes)} classes, {images.source} has {K}, "
+                         f"and they differ ({differ[0]}); these samples belong to other data.")
+    if side.labels is not None and not 0 <= side.labels.min() <= side.labels.max() < K:
+        raise ValueError(f"{side.name} has labels {side.labels.min()} to {side.labels.max()}, "
+                         f"{images.source} has {K} classes; these samples belong to other data.")
+
+
+def check_statistics(side: Side, features: str) -> None:
+    """Statistics must come from the same features. Those without a protocol are ADM's, hence of --resize adm.
+
+    Raises ValueError naming both sides.
+    """
+    unmarked = features if "resize adm" in features else "ADM's suite or another package"
+    made = side.protocol.get("features", unmarked)
+    if side.statistics and made != features:
+        raise ValueError(f"the statistics {side.name} were made with {made!r}, the images would be read with "
+                         f"{features!r}; use the same --features, --weights and --resize, or the images.")
+    for name, D in (("mu", 2048), ("mu_s", 2023)):
+        if len(side.statistics.get(name, range(D))) != D:
+            raise ValueError(f"{side.name} has statistics of {len(side.statistics[name])} features ({name}), "
+                             f"Inception has {D}; these are of another network.")
+
+
+def read_sides(args: argparse.Namespace, opened: Opened) -> tuple[Side, list[Side], dict[str, ImageSet]]:
+    """The real side, the fakes in the order named, and the sets of real images as they are compared.
+
+    Errors as `in_memory` and `image_side` raise.
+    """
+    samples, real, sets, size, vq = opened
+    rows = dict(samples)
+    if "reconstructions" in args.fake:
+        floor = image_side(in_memory(mixed(evenly_spaced(sets[args.split], args.floor_images)), size, vq))
+        rows["reconstructions"] = replace(floor, name="reconstructions (the floor)",
+                                          protocol={"made of": floor.name})
+    decoded = args.reference == "reconstructions"
+    if decoded or args.features == "classifier":
+        sets = {split: in_memory(images, size, vq if decoded else None) for split, images in sets.items()}
+    if "held-out" in args.fake:
+        held_out = image_side(mixed(sets["val"]), size)
+        rows["held-out"] = replace(held_out, name="held-out", protocol={"made of": held_out.name})
+    return real or image_side(sets[args.split], size), [rows[name] for name in args.fake], sets
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, measure, print the table with its protocol, write what was asked for.
+
+    Raises ValueError or OSError, in one sentence, for what a user can mend.
+    """
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    opened, notes, warnings = open_all(args, device), [], []
+    if args.features == "inception":
+        model, features = load_inception(args.weights, args.cache, args.resize, device)
+        extract, suffix, dims = inception_extractor(model, args.resize, device), "", 2048
+        for side in filter(None, (opened.real, *opened.samples.values())):
+            check_statistics(side, features)
+        if INCEPTION_SHA256[:16] not in features:
+            warnings = ["warning: these are not the published Inception weights; the numbers compare only "
+                        "with each other"]
+        real, fakes, _ = read_sides(args, opened)
+    else:
+        real, fakes, sets = read_sides(args, opened)
+        model, features = load_classifier(sets["train"], sets["val"], opened.size, args.classifier_steps,
+                                          args.cache, device)
+        extract, suffix, dims = classifier_extractor(model, device), "-c", 256
+        notes = ["-c and class agreement are this classifier's: compare them with each other, never with FID"]
+        notes += [f"{side.name} has no labels (arr_1), hence no class agreement"
+                  for side in fakes if side.labels is None]
+    if opened.vq:
+        notes.append(f"tokenizer of the reconstructions: {args.vq} ({fingerprint(opened.vq)})")
+
+    reference = feature_statistics(real, extract, args.batch)
+    if args.save_stats:
+        about = json.dumps({"images": real.count, "source": real.name, "fingerprint": real.fingerprint,
+                            "features": features})
+        write_file(args.save_stats, lambda file: np.savez(file, **reference.moments, protocol=about))
+    rows = {side.name: compare(reference, feature_statistics(side, extract, args.batch, CONVENTION), suffix)
+            for side in fakes}
+    if rows:
+        print(format_table(rows))
+    protocol = protocol_lines(real, fakes, features) + notes
+    warnings = warning_lines(real, fakes, dims) + warnings
+    print("\n".join(protocol + warnings))
+    if args.json:
+        scores = {"scores": rows, "protocol": protocol, "warnings": warnings, "settings": vars(args)}
+        write_file(args.json, lambda file: file.write(json.dumps(scores, indent=1).encode()))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,22 @@ middle-layer feature tell its own image from the others of the batch, as seen fr
 another view (Eq. 7) by the teacher. Nothing of this is left at sampling time.
 
 Plain functions of tensors; they run on a CPU and need no process group. Every choice is tagged "paper:"
-where the paper states it, "our choice:" where it leaves room.
+where the paper states it, "our choice:" where it leaves room. Where everything is:
 
-Shapes in comments: B images on this process, B_all images on all of them, V views of each image, T tokens,
-K sampled positions, C width, S slots (see `info_nce`). The order of a (B V) axis is image-major: row b V + m.
+    Eq. 2    losses.ar_loss            next-token prediction
+    Eq. 3    losses.sample_key_mask    the hidden keys, which model.Transformer.forward applies
+    Eq. 4    losses.mim_loss           student against teacher, last layer
+    Eq. 5    losses.projector          z = f(h), at losses.sample_positions
+    Eq. 6    losses.step_loss          InfoNCE between steps, through losses.info_nce
+    Eq. 7    losses.view_loss          InfoNCE between views, through losses.info_nce
+    Eq. 8    losses.total_loss         the sum
+    Fig. 3   train.Objective.forward   how all of it plays together
+
+Shapes in comments: B images on this process, B_all images on all of them, V views of each image, T tokens, n
+codes, K sampled positions, C width, S slots (see `info_nce`). A (B V) axis is image-major: row b V + m.
 """
+
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -24,7 +35,7 @@ from torch import nn
 def sample_key_mask(batch: int, num_tokens: int, ratio: float, generator: torch.Generator) -> torch.Tensor:
     """The sequence masks of Eq. 3: bool (batch, T), True where a key is hidden from all queries.
 
-    paper: a random fraction r of the positions, one set for all queries, heads and layers, anew in each step.
+    paper: a random fraction r = 0.25 of the positions, one set for all queries, heads and layers, drawn anew.
     our choice: exactly round(r (T - 1)) of the positions 1 ... T - 1, for the token's own query too. Position
     0, the class, stays visible: it is the only key of the first query, whose row would else be empty.
     Raises ValueError unless 0 <= r < 1.
@@ -37,7 +48,7 @@ def sample_key_mask(batch: int, num_tokens: int, ratio: float, generator: torch.
 
 
 def sample_positions(num_tokens: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """The K positions of Eq. 5, int64 (K,), distinct.
+    """The K positions of Eq. 5, int64 (K,), distinct. paper: K = 4.
 
     our choice: from 1 ... T - 1, the same for the whole batch, anew in each step. Position 0 has seen the
     class alone, so that all images of a class would be the same there.
@@ -51,27 +62,28 @@ def sample_positions(num_tokens: int, count: int, generator: torch.Generator) ->
 # ---- The losses --------------------------------------------------------------------------------------------
 
 def ar_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Next-token prediction; logits (B, T, V) of positions 0 ... T - 1, tokens (B, T) = x_1 ... x_T. In nats.
+    """Next-token prediction; logits (B, T, n) of positions 0 ... T - 1, tokens (B, T) = x_1 ... x_T. In nats.
 
         L_AR = -1/T sum_t log p_theta(x_t | c, x_<t)                                                   (Eq. 2)
     """
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
 
 
-def mim_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def mim_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Masked image modelling in feature space; outputs of the last block, (B, T, C) each. In [0, 2].
 
         L_MIM = 1/T sum_t D(h_t, h'_t),   D(a, b) = 1 - a.b / (|a| |b|)                                (Eq. 4)
 
-    h: student, keys masked; h': teacher, nothing masked, no gradient; both on the same tokens.
+    h: student, keys masked; h', the target: teacher, nothing masked, no gradient; both on the same tokens.
     our choice: the raw block output, before the final norm.
     """
-    return 1 - F.cosine_similarity(student.float(), teacher.float().detach(), dim=-1).mean()
+    return 1 - F.cosine_similarity(student.float(), target.float().detach(), dim=-1).mean()
 
 
 def projector(dim: int) -> nn.Sequential:
     """f of Eq. 5, student only: an MLP of three linear layers, width C throughout.
 
+    paper: an MLP of several layers, as in SimSiam.
     our choice: LayerNorm where SimSiam has BatchNorm, which would tie the processes together.
     """
     return nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.SiLU(),
@@ -79,54 +91,69 @@ def projector(dim: int) -> nn.Sequential:
 
 
 def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
-             offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+             own_start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """InfoNCE over slots; anchors (S, B, C), targets (S, B_all, C). Returns loss and accuracy in [0, 1].
 
         -1/(S B) sum_s sum_b log  exp(a_sb . t_sb / tau) / sum_b' exp(a_sb . t_sb' / tau)
 
     A slot is one pairing of (view, position) with (view, position). In it the positive of image b is the same
-    image's target, found at `offset` + b, and its negatives are the targets of all other images.
+    image's target, and its negatives are the targets of all other images. `own_start` says where among B_all
+    the images of this process begin: the positive of anchor b stands in column own_start + b.
     our choice: features are L2-normalised, the temperature is ours to choose (the paper prints none);
-    float32. The accuracy is the share of anchors closest to their positive.
+    float32, also under autocast. The accuracy is the share of anchors closest to their positive.
     """
     a, t = F.normalize(anchors.float(), dim=-1), F.normalize(targets.float().detach(), dim=-1)
-    logits = a @ t.mT / temperature  # (S, B, B_all)
+    mixed = torch.amp.is_autocast_available(a.device.type)  # bfloat16 cannot tell .990 from .992
+    with torch.autocast(a.device.type, enabled=False) if mixed else nullcontext():
+        logits = a @ t.mT / temperature  # (S, B, B_all)
     S, B, B_all = logits.shape
-    positive = torch.arange(offset, offset + B, device=logits.device).repeat(S)  # (S B,)
+    positive = torch.arange(own_start, own_start + B, device=logits.device).repeat(S)  # (S B,)
     logits = logits.view(S * B, B_all)
     return F.cross_entropy(logits, positive), (logits.argmax(1) == positive).float().mean()
 
 
-def step_loss(z: torch.Tensor, h: torch.Tensor, temperature: float,
-              offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inter-step contrast; z = f(student) (V, K, B, C), h = teacher (V, K, B_all, C). Loss and accuracy.
+def ordered_pairs(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """All i != j below `count`, i and j int64 (count (count - 1),) each, made where they are used."""
+    i = torch.arange(count, device=device).repeat_interleave(count - 1)
+    j = torch.arange(count - 1, device=device).repeat(count)
+    return i, j + (j >= i)  # j skips i
+
+
+def step_loss(z: torch.Tensor, target: torch.Tensor, temperature: float,
+              own_start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inter-step contrast; z = f(h) of the student (V, K, B, C), target = h' of the teacher (V, K, B_all, C).
 
         L_step = InfoNCE(z^(m,i), h'^(m,j)),   m a view, i != j two of the K positions                 (Eq. 6)
 
-    our choice: all K (K - 1) ordered pairs count. Raises ValueError unless K >= 2.
+    Returns loss and accuracy. our choice: all K (K - 1) ordered pairs count. Raises ValueError unless K >= 2.
     """
-    if len(z[0]) < 2:
+    if z.shape[1] < 2:
         raise ValueError("the step loss needs at least two positions, K >= 2.")
-    i, j = (~torch.eye(len(z[0]), dtype=torch.bool, device=z.device)).nonzero(as_tuple=True)
-    return info_nce(z[:, i].flatten(0, 1), h[:, j].flatten(0, 1), temperature, offset)  # S = V K (K - 1)
+    i, j = ordered_pairs(z.shape[1], z.device)
+    anchors, targets = z[:, i].flatten(0, 1), target[:, j].flatten(0, 1)  # S = V K (K - 1) slots
+    return info_nce(anchors, targets, temperature, own_start)
 
 
-def view_loss(z: torch.Tensor, h: torch.Tensor, temperature: float,
-              offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inter-view contrast; z = f(student) (V, K, B, C), h = teacher (V, K, B_all, C). Loss and accuracy.
+def view_loss(z: torch.Tensor, target: torch.Tensor, temperature: float,
+              own_start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inter-view contrast; z = f(h) of the student (V, K, B, C), target = h' of the teacher (V, K, B_all, C).
 
         L_view = InfoNCE(z^(i,k), h'^(j,k)),   i != j two views, k one of the K positions              (Eq. 7)
 
-    Raises ValueError unless V >= 2.
+    Returns loss and accuracy. Raises ValueError unless V >= 2.
     """
-    if len(z) < 2:
+    if z.shape[0] < 2:
         raise ValueError("the view loss needs at least two views, V >= 2.")
-    i, j = (~torch.eye(len(z), dtype=torch.bool, device=z.device)).nonzero(as_tuple=True)
-    return info_nce(z[i].flatten(0, 1), h[j].flatten(0, 1), temperature, offset)  # S = V (V - 1) K
+    i, j = ordered_pairs(z.shape[0], z.device)
+    anchors, targets = z[i].flatten(0, 1), target[j].flatten(0, 1)  # S = V (V - 1) K slots
+    return info_nce(anchors, targets, temperature, own_start)
 
 
 def total_loss(terms: dict[str, torch.Tensor], alpha: float, beta: float) -> torch.Tensor:
-    """L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2; an absent term is 0, the /2 stays (Eq. 8)."""
+    """L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2; an absent term is 0, the /2 stays (Eq. 8).
+
+    `terms` holds "ar" and any of "mim", "step", "view". paper: alpha = 1, beta = 0.5.
+    """
     contrast = terms.get("step", 0) + terms.get("view", 0)
     return terms["ar"] + alpha * terms.get("mim", 0) + beta * contrast / 2
 

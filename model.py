@@ -6,8 +6,6 @@ x_{p+1}. ST-AR (arXiv 2509.15185) trains this model with extra losses (losses.py
 the key mask of Eq. 3. Parameter names are LlamaGen's, so its published checkpoints load strictly and its
 tools read ours.
 
-    python model.py    # the size table
-
 Shapes in comments: B batch, T tokens per image, V vocabulary, C width, H heads, D head size, L layers,
 t positions of this call, s positions attended to.
 """
@@ -54,13 +52,13 @@ class ModelConfig:
 
 
 SIZES = {  # name: (n_layer, n_head, dim)
-    "nano": (4, 3, 96),
-    "tiny": (6, 4, 256),
-    "small": (12, 6, 384),
-    "B": (12, 12, 768),  # LlamaGen's table from here on
-    "L": (24, 16, 1024),
-    "XL": (36, 20, 1280),
-    "XXL": (48, 24, 1536),
+    "nano": (4, 3, 96),  # 0.5M parameters, with 256 codes and 12 classes
+    "tiny": (6, 4, 256),  # 5.7M, with 1,024 codes and 200 classes
+    "small": (12, 6, 384),  # 22M, with the same
+    "B": (12, 12, 768),  # 111M; LlamaGen's table from here on
+    "L": (24, 16, 1024),  # 343M
+    "XL": (36, 20, 1280),  # 775M
+    "XXL": (48, 24, 1536),  # 1.4B
     "3B": (24, 32, 3200),
 }
 
@@ -141,8 +139,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x, *how):
-        y, weights = self.attention(self.attention_norm(x), *how)
+    def forward(self, x, table, allowed, plain_causal, past, explicit):
+        y, weights = self.attention(self.attention_norm(x), table, allowed, plain_causal, past, explicit)
         x = x + y
         return x + self.feed_forward(self.ffn_norm(x)), weights
 
@@ -159,8 +157,16 @@ class KVCache:
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k and v (B, H, t, D) behind `length`; returns all keys and values so far, (B, H, s, D)."""
         end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def put(self, layer: int, position: torch.Tensor, k: torch.Tensor,
+            v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (B, H, 1, D) at `position` (1,); returns all T places, (B, H, T, D) each."""
+        self.k[layer].index_copy_(2, position, k)
+        self.v[layer].index_copy_(2, position, v)
+        return self.k[layer], self.v[layer]
 
 
 class Output(NamedTuple):
@@ -219,8 +225,9 @@ class Transformer(nn.Module):
         if key_mask is not None:
             allowed = allowed & ~key_mask[:, None, None, :]  # (B, 1, t, s): Eq. 3
         plain_causal = key_mask is None and start == 0  # the fused kernel then needs no mask
+        needed = len(self.layers) if head else max(layers)  # blocks; no head, no need to go to the end
         hidden, attention = {}, []
-        for n, layer in enumerate(self.layers[:None if head else max(layers)], 1):  # as far as is needed
+        for n, layer in enumerate(self.layers[:needed], 1):
             past = partial(cache.append, n - 1) if cache is not None else None
             x, weights = layer(x, self.rope[start:end], allowed, plain_causal, past, return_attention)
             if n in layers:
@@ -231,20 +238,33 @@ class Transformer(nn.Module):
             cache.length = end
         return Output(self.output(self.norm(x)).float() if head else None, hidden, attention)
 
+    def decode(self, tokens: torch.Tensor, position: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits (B, V) float32 of `position` (1,) > 0, whose input is `tokens` (B,).
+
+        What forward computes with a cache, but no shape depends on the position: a GPU can compile and record
+        this once for all positions.
+        """
+        x = self.tok_embeddings(tokens)[:, None]  # (B, 1, C)
+        allowed = self.causal[position][None, None]  # (1, 1, 1, T): hides what is not yet in the cache
+        for n, layer in enumerate(self.layers):
+            past = partial(cache.put, n, position)
+            x, _ = layer(x, self.rope[position], allowed, False, past, False)
+        return self.output(self.norm(x))[:, -1].float()
+
     def new_cache(self, batch: int) -> KVCache:
-        """An empty KV cache for `batch` sequences, in the weights' dtype and on their device."""
+        """A KV cache of zeros for `batch` sequences, in the weights' dtype and on their device."""
         c = self.config
         shape = (c.n_layer, batch, c.n_head, c.num_tokens, c.head_dim)
-        return KVCache(*(self.output.weight.new_empty(shape) for _ in range(2)))
+        return KVCache(*(self.output.weight.new_zeros(shape) for _ in range(2)))
 
 
 # ---- Checkpoints: {"model": student, "ema": teacher, "config": run config, ...} ----------------------------
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The content of a checkpoint file, ours or LlamaGen's, on the CPU; only plain data is unpickled.
+    """The content of a checkpoint file, ours or LlamaGen's, memory-mapped; nothing in it can run code.
 
-    A bare state dict is returned as {"model": state dict}.
-    Raises FileNotFoundError or ValueError, in one sentence, if `path` holds no class-conditional transformer.
+    A bare state dict is returned as {"model": state dict}. Raises FileNotFoundError or ValueError, in one
+    sentence, if `path` holds no class-conditional transformer or weights that are not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}.")
@@ -256,6 +276,9 @@ def load_checkpoint(path: str | Path) -> dict:
         found = "a VQ tokenizer" if "quantize.embedding.weight" in state else \
             "a text-conditional model" if "cls_embedding.uncond_embedding" in state else "something else"
         raise ValueError(f"{path} holds {found}; expected a class-conditional transformer.")
+    for name, tensor in [*state.items(), *content.get("ema", {}).items()]:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path} is useless: {name} holds nan or inf, as the training diverged.")
     return content
 
 
@@ -278,7 +301,7 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
     else:
         vocab_size, dim = state["tok_embeddings.weight"].shape
         n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
-        heads = [h for layers, h, width in SIZES.values() if (layers, width) == (n_layer, dim)]
+        heads = [n_head for depth, n_head, width in SIZES.values() if (depth, width) == (n_layer, dim)]
         if not heads:
             raise ValueError(f"{path}: {n_layer} layers of width {dim} are none of LlamaGen's sizes.")
         args = vars(content.get("args", argparse.Namespace()))
@@ -293,18 +316,3 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
         raise ValueError(f"{path} does not fit {config}: {str(error).splitlines()[1].strip()}") from None
     rest = {key: value for key, value in content.items() if key not in ("model", "ema")}
     return model.eval().to(device), rest
-
-
-def main() -> None:
-    """Print the size table."""
-    print("size   layers heads width     parameters")
-    for name, (n_layer, n_head, dim) in SIZES.items():
-        quick = dict(vocab_size=1024, num_classes=200) if dim < 768 else {}  # Tiny ImageNet's
-        with torch.device("meta"):
-            model = Transformer(ModelConfig(n_layer, n_head, dim, **quick))
-        count = sum(p.numel() for p in model.parameters())
-        print(f"{name:6} {n_layer:6} {n_head:5} {dim:5} {count:14,}  ({count / 1e6:.1f}M)")
-
-
-if __name__ == "__main__":
-    main()

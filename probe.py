@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import tempfile
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,76 +31,84 @@ from tqdm import tqdm
 
 import sample
 import tokenizer
-from model import Transformer, load_model
+from model import Transformer
 
 # ---- Runs --------------------------------------------------------------------------------------------------
 
-class Run(NamedTuple):
-    """A frozen model with the images and codes it belongs to."""
+class Subject(NamedTuple):
+    """What is probed: a frozen model with the images and codes it belongs to."""
     name: str
     model: Transformer
-    layer: int  # the contrast depth, or the middle
+    depth: int  # the layer whose numbers stand for the model: its contrast depth, or the middle
     vq: tokenizer.VQModel
     train: tokenizer.TokenCache  # (N, V, T), crops
     held_out: tokenizer.TokenCache  # (N, 1, T), centre crops
     images: tokenizer.ImageSet  # the pixels of `held_out`
     ratio: float  # the first crop ratio
+    skip_corrupt: bool
+    origin: dict  # for probe.json: kind of weights, step and seed of the training, digests, images
 
 
-def open_run(path: Path, args: argparse.Namespace) -> Run:
+def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> Subject:
     """A run folder or a checkpoint file, with its tokenizer, images and caches; missing caches are written.
 
     Raises FileNotFoundError or ValueError, in one sentence, for parts that are missing or do not fit
     together.
     """
-    file = path if path.suffix == ".pt" else path / "checkpoint.pt"
-    model, rest = load_model(file, args.ema, args.image_size, args.device)
-    config, copy = rest.get("config", {}), file.with_name("tokenizer.pt")
-    vq_path = args.vq or (copy if config and copy.is_file() else config.get("tokenizer"))
-    data, ratios, caches = args.data or config.get("data"), tuple(config.get("crop_ratios", (1.1,))), []
-    if not data or not vq_path:
-        raise ValueError(f"{file} does not name its images and tokenizer; add --data and --vq.")
-    vq = tokenizer.load_tokenizer(vq_path, args.device)
+    trained = sample.open_trained(path, args.vq, args.ema, args.image_size, device)
+    name, model, vq, config = trained.name, trained.model, trained.vq, trained.config
+    data = args.data or config.get("data")
+    subset = args.subset or config.get("subset", "")
+    if not data:
+        raise ValueError(f"{path} does not name its images; add --data.")
+    size = model.config.grid * vq.config.downsample
+    ratios = tuple(config.get("crop_ratios", (1.1,)))
+    skip_corrupt = args.skip_corrupt or config.get("skip_corrupt", False)
+    caches = []
     for split, crops in (("train", ratios), ("val", ())):
-        images = tokenizer.open_images(data, split)
+        images = tokenizer.open_images(data, split, subset)
         if not len(images):
             raise ValueError(f"{data} has no labelled validation images.")
-        meta = tokenizer.cache_meta(images, vq, model.config.grid * vq.config.downsample, crops)
-        known = {"codebook_size": model.config.vocab_size}
-        known |= rest.get("data", {}) if split == "train" else {}
-        if wrong := [key for key in known if meta[key] != known[key]]:
-            raise ValueError(f"{file} was trained with {wrong[0]} {str(known[wrong[0]])[:40]}; {data} and "
-                             f"{vq_path} have {str(meta[wrong[0]])[:50]}: they do not fit.")
+        meta = tokenizer.cache_meta(images, vq, size, crops)
+        known = trained.data if split == "train" else {}
+        for key in meta.keys() & known.keys() - {"source"}:  # where the images lie does not matter
+            if meta[key] != known[key]:
+                raise ValueError(f"{path} was trained with {key} {str(known[key])[:40]}; {data} has "
+                                 f"{str(meta[key])[:50]}: they do not fit.")
         folder = tokenizer.cache_folder(args.cache or config.get("cache", "cache"), meta)
-        tokenizer.build_cache(folder, images, vq, meta["image_size"], crops,
-                              skip_corrupt=config.get("skip_corrupt", False))
+        tokenizer.build_cache(folder, images, vq, size, crops, skip_corrupt)
         caches.append(tokenizer.load_cache(folder, meta))
-    name = path.stem if path.suffix == ".pt" else path.resolve().name
-    return Run(name, model, config.get("depth", model.config.n_layer // 2), vq, *caches, images, ratios[0])
+    origin = trained.origin | {"data": str(data), "subset": subset, "images_digest": caches[0].meta["images"]}
+    depth = config.get("depth", model.config.n_layer // 2)
+    return Subject(name, model, depth, vq, *caches, images, ratios[0], skip_corrupt, origin)
 
 
-def check_runs(runs: list[Run]) -> None:
-    """Raise ValueError, in one sentence, for runs that one picture cannot compare."""
-    first = runs[0]
-    for run in runs[1:]:
-        a, b = first.model.config.num_tokens, run.model.config.num_tokens
+def check_subjects(subjects: list[Subject]) -> None:
+    """Raise ValueError, in one sentence, for models that one picture cannot compare."""
+    first = subjects[0]
+    for other in subjects[1:]:
+        a, b = first.model.config.num_tokens, other.model.config.num_tokens
         if a != b:
-            raise ValueError(f"{first.name} has {a} tokens per image, {run.name} has {b}: probe them apart.")
-        a, b = first.held_out.meta, run.held_out.meta
+            raise ValueError(f"{first.name} has {a} tokens per image, {other.name} has {b}: probe them "
+                             "apart.")
+        a, b = first.held_out.meta, other.held_out.meta
         if (a["images"], a["image_size"]) != (b["images"], b["image_size"]):
-            raise ValueError(f"{first.name} knows {a['source']} at {a['image_size']} px, {run.name} "
-                             f"other images, {b['source']} at {b['image_size']} px: probe them apart.")
-    if len({run.name for run in runs}) < len(runs):
+            raise ValueError(f"{first.name} knows {first.images.source} at {a['image_size']} px, "
+                             f"{other.name} other images, {other.images.source} at {b['image_size']} px: probe them "
+                             "apart.")
+    if len({subject.name for subject in subjects}) < len(subjects):
         raise ValueError("two runs have the same name; rename one folder for the legends.")
 
 
-def layer_numbers(run: Run, wanted: list[str]) -> list[int]:
-    """The layers named on the command line; none: the run's own. Raises ValueError if one does not exist."""
-    last = run.model.config.n_layer
-    layers = list(range(1, last + 1)) if wanted == ["all"] else [int(n) if n.isdigit() else 0 for n in wanted]
-    if not all(1 <= n <= last for n in layers):
-        raise ValueError(f"{run.name} has layers 1 ... {last}, or all; not {' '.join(wanted)}.")
-    return layers or [run.layer]
+def layer_numbers(subject: Subject, wanted: list[str]) -> list[int]:
+    """The layers named on the command line; none: its depth. Raises ValueError if one does not exist."""
+    last = subject.model.config.n_layer
+    existing = {str(n): n for n in range(1, last + 1)}
+    if wanted == ["all"]:
+        return list(existing.values())
+    if not all(word in existing for word in wanted):
+        raise ValueError(f"{subject.name} has layers 1 ... {last}, or all; not {' '.join(wanted)}.")
+    return [existing[word] for word in wanted] or [subject.depth]
 
 
 def choose(cache: tokenizer.TokenCache, count: int, seed: int, at_least: int = 2) -> np.ndarray:
@@ -109,8 +118,8 @@ def choose(cache: tokenizer.TokenCache, count: int, seed: int, at_least: int = 2
     """
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(cache.labels >= 0))[:count or None]
     if len(rows) < at_least:
-        raise ValueError(f"{len(rows)} {cache.meta['split']} images of {cache.meta['source']} are too "
-                         f"few: at least {at_least} are needed for {len(cache.meta['classes'])} classes.")
+        raise ValueError(f"{len(rows)} images of the {cache.meta['split']} split are too few: at least "
+                         f"{at_least} are needed for {len(cache.meta['classes'])} classes.")
     return rows
 
 
@@ -122,19 +131,23 @@ def eight_steps(num_tokens: int) -> list[int]:
 
 
 @torch.no_grad()
-def extract(model: Transformer, tokens: np.ndarray, classes: torch.Tensor, layers: list[int], folder: Path,
-            batch: int = 64) -> torch.Tensor:
+def extract(model: Transformer, tokens: np.ndarray, layers: list[int], folder: Path,
+            classes: torch.Tensor | None = None, batch: int = 64) -> torch.Tensor:
     """Features of `layers` at eight steps, and their mean over all positions: float16 (N, 9 L, C), by layer.
 
-    tokens (N, T) codes; classes (N,) int64, the null class unless a leak is to be shown. One forward serves
-    all layers and steps, and goes no deeper than the last of them. The features live in a nameless file in
-    `folder`, mapped into memory: the disk limits their size.
+    tokens (N, T) codes; classes (N,) int64, to show a leak: otherwise the null class. One forward serves all
+    layers and steps, and goes no deeper than the last of them. The features live in a nameless file in
+    `folder`, mapped into memory: the disk limits their size. Raises OSError if it has no room for them.
     """
     (N, T), device = tokens.shape, model.output.weight.device
+    if classes is None:
+        classes = torch.full((N,), model.config.num_classes)
     positions = torch.tensor(eight_steps(T), device=device) - 1
+    shape = (N, 9 * len(layers), model.config.dim)
     with tempfile.TemporaryFile(dir=folder) as file:
-        shape = (N, 9 * len(layers), model.config.dim)
-        features = torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
+        file.writelines(repeat(bytes(2 * shape[1] * shape[2]), N))  # takes the room now: on a full disk, a
+        file.flush()  # write into mapped memory that has none kills the interpreter
+        features = torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))
     for rows in tqdm(torch.arange(N).split(batch), "features", leave=False):
         inputs = torch.from_numpy(tokens[rows.numpy(), :-1].astype(np.int64)).to(device)
         hidden = model(inputs, classes[rows].to(device), layers=tuple(layers), head=False).hidden
@@ -220,32 +233,34 @@ def linear_probe(train: torch.Tensor, labels: torch.Tensor, images: torch.Tensor
     their crops, by cross-entropy, which is less noisy than accuracy; then the probe is trained again on all
     of them. The test images are looked at once.
     """
-    settings, names, n = torch.tensor(SETTINGS).expand(train.shape[1], -1, 2), images.unique(), len(test)
-    names = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(1))]
-    aside = torch.isin(images, names[:max(len(names) // 10, 1)])
-    tried = fit(train, labels, (~aside).nonzero()[:, 0], settings, num_classes, device)
+    everyone = images.unique()
+    everyone = everyone[torch.randperm(len(everyone), generator=torch.Generator().manual_seed(1))]
+    aside = torch.isin(images, everyone[:max(len(everyone) // 10, 1)])
+    every_setting = torch.tensor(SETTINGS).expand(train.shape[1], -1, 2)  # (G, H, 2)
+    tried = fit(train, labels, (~aside).nonzero()[:, 0], every_setting, num_classes, device)
     best = evaluate(tried, train, labels, aside.nonzero()[:, 0])[1].argmin(1)  # (G,)
-    settings = torch.tensor(SETTINGS)[best][:, None]
-    final = fit(train, labels, torch.arange(len(train)), settings, num_classes, device)
+    best_setting = torch.tensor(SETTINGS)[best][:, None]  # (G, 1, 2)
+    final = fit(train, labels, torch.arange(len(train)), best_setting, num_classes, device)
+    n = len(test)
     correct = evaluate(final, test, test_labels, torch.arange(n))[0][:, 0].tolist()
     return [{"accuracy": count / n, "interval": wilson(count, n), "n": n, "learning_rate": SETTINGS[i][0],
              "weight_decay": SETTINGS[i][1]} for count, i in zip(correct, best)]
 
 
-def probe_run(run: Run, layers: list[int], args: argparse.Namespace) -> list[dict]:
-    """`linear_probe` of a run, with "layer" and "step" (a number, or "mean") in each result."""
-    K, (_, V, T) = len(run.train.meta["classes"]), run.train.tokens.shape
-    null = run.model.config.num_classes
-    rows = choose(run.train, args.train_images, args.seed, K)
-    test_rows = choose(run.held_out, 0, args.seed, K)
+def probe_subject(subject: Subject, layers: list[int], args: argparse.Namespace) -> list[dict]:
+    """`linear_probe` of a model, with "layer" and "step" (a number, or "mean") in each result."""
+    K, (_, V, T) = len(subject.train.meta["classes"]), subject.train.tokens.shape
+    rows = choose(subject.train, args.train_images, args.seed, K)
+    test_rows = choose(subject.held_out, 0, args.seed, K)
     crops = np.random.default_rng(args.seed).random((len(rows), V)).argsort(1)[:, :args.crops]
-    tokens = run.train.tokens[rows[:, None], crops].reshape(-1, T)
-    test_tokens = run.held_out.tokens[test_rows, 0]
-    train, test = (extract(run.model, codes, torch.full((len(codes),), null), layers, args.out)
-                   for codes in (tokens, test_tokens))
+    tokens = subject.train.tokens[rows[:, None], crops].reshape(-1, T)
+    train = extract(subject.model, tokens, layers, args.out)
+    test = extract(subject.model, subject.held_out.tokens[test_rows, 0], layers, args.out)
     images = torch.from_numpy(rows).repeat_interleave(crops.shape[1])
-    labels, test_labels = (torch.from_numpy(cache.labels) for cache in (run.train, run.held_out))
-    results = linear_probe(train, labels[images], images, test, test_labels[test_rows], K, args.device)
+    labels = torch.from_numpy(subject.train.labels)[images]
+    test_labels = torch.from_numpy(subject.held_out.labels)[test_rows]
+    device = subject.model.output.weight.device
+    results = linear_probe(train, labels, images, test, test_labels, K, device)
     where = [(n, s) for n in layers for s in (*eight_steps(T), "mean")]
     return [{"layer": n, "step": s, **result} for (n, s), result in zip(where, results)]
 
@@ -277,12 +292,16 @@ def attention_numbers(weights: torch.Tensor, grid: int) -> dict[str, list[float]
     """
     cell = torch.arange(weights.shape[-1] - 1)  # of position 1 + cell
     places = torch.stack([cell // grid, cell % grid], 1).float()  # (T - 1, 2)
-    apart = (places[:, None] - places).abs()  # (T - 1, T - 1, 2)
-    reach, seen = apart.amax(-1), weights[:, 1:, 1:]
-    shares = [weights[:, 1:, 0].mean(1)]
-    shares += [(seen * where).sum(-1).mean(1) for where in (reach == 0, reach == 1, reach > 1)]
+    apart = (places[:, None] - places).abs()  # (T - 1, T - 1, 2), rows and columns between query and key
+    reach = apart.amax(-1)  # 0: the same token, 1: a neighbour
+    seen = weights[:, 1:, 1:]  # (L, T - 1, T - 1)
+
+    def share(of):
+        return (seen * of).sum(-1).mean(1).tolist()
+
     distance = (seen * apart.norm(dim=-1)).sum((1, 2)) / seen.sum((1, 2))
-    return {name: x.tolist() for name, x in zip((*MASSES, "distance"), (*shares, distance))}
+    return {"class": weights[:, 1:, 0].mean(1).tolist(), "itself": share(reach == 0),
+            "neighbours": share(reach == 1), "elsewhere": share(reach > 1), "distance": distance.tolist()}
 
 
 # ---- Consistency -------------------------------------------------------------------------------------------
@@ -291,22 +310,24 @@ SHIFTS = (0, 1, 2, 4, 8)  # pixels
 
 
 @torch.no_grad()
-def crops_and_codes(run: Run, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def crops_and_codes(subject: Subject, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Seven crops of held-out images, uint8 (N, 7, S, S, 3), and their codes (N, 7, T).
 
     Crops 0 and 1: upper left and lower right of the ten crops, the farthest apart without a mirror. From 2
     on: moved to the right by `SHIFTS`.
     """
-    size, device = run.held_out.meta["image_size"], run.model.output.weight.device
+    size, device = subject.held_out.meta["image_size"], subject.model.output.weight.device
 
     def cut(image):
         wide = np.asarray(tokenizer.center_crop(image, size + max(SHIFTS)))
-        moved = [wide[4:4 + size, shift:shift + size] for shift in SHIFTS]
-        return np.stack([*tokenizer.ten_crops(image, size, run.ratio)[[0, 3]], *moved])
+        top = max(SHIFTS) // 2
+        moved = [wide[top:top + size, shift:shift + size] for shift in SHIFTS]
+        return np.stack([*tokenizer.ten_crops(image, size, subject.ratio)[[0, 3]], *moved])
 
-    pixels = np.stack(tokenizer.read_pixels(run.images, rows.tolist(), cut, skip_corrupt=False))
+    crops = tokenizer.read_pixels(subject.images, rows.tolist(), cut, subject.skip_corrupt)
+    pixels = np.stack([crop for crop in crops if crop is not None])
     chunks = torch.from_numpy(pixels).flatten(0, 1).split(16)
-    codes = torch.cat([run.vq.encode(tokenizer.to_float(chunk.to(device))).cpu() for chunk in chunks])
+    codes = torch.cat([subject.vq.encode(tokenizer.to_float(chunk.to(device))).cpu() for chunk in chunks])
     return pixels, codes.numpy().reshape(*pixels.shape[:2], -1)
 
 
@@ -385,133 +406,166 @@ def tinted(pixels: np.ndarray, weights: np.ndarray, current: int = -1, side: int
     return image
 
 
-def draw_numbers(runs: list[Run], results: dict[str, dict]) -> dict[str, Image.Image]:
-    """Figures 1b and 4 (probe), the layer x step table, attention distance and mass, cosines."""
-    T, curves, tables, distance, mass, half = runs[0].train.tokens.shape[2], {}, {}, {}, {}, 0.0
-    for run in runs:
-        probe, attention = results[run.name]["probe"], results[run.name]["attention"]
-        table = tables[run.name] = {f"layer {r['layer']}": [] for r in probe}
-        for r in probe:
-            table[f"layer {r['layer']}"].append(100 * r["accuracy"])
-            half = max(half, 50 * (r["interval"][1] - r["interval"][0]))
-        *own, mean = table[f"layer {run.layer}"]
-        curves[f"{run.name} (mean-pooled {mean:.1f})"] = list(zip(eight_steps(T), own))
-        distance[run.name] = list(enumerate(attention["distance"], 1))
-        masses = zip(*(attention[kind] for kind in MASSES))
-        mass[run.name] = {f"layer {n}": line for n, line in enumerate(masses, 1)}
-    curves["chance"] = [(s, 100 / len(runs[0].train.meta["classes"])) for s in eight_steps(T)]
-    even = attention_numbers((torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None])[None], math.isqrt(T))
-    distance["even"] = [(n, even["distance"][0]) for n, _ in max(distance.values(), key=len)]
-    cosine = {"": {run.name: list(results[run.name]["cosine"].values()) for run in runs}}
-    kinds = ["steps", "crops", "images"]
-    pictures = {
-        "probe": sample.line_plot(curves, f"±{half:.1f} (95 %)", f"step of {T}", "linear probe, top-1 %"),
-        "distance": sample.line_plot(distance, "", "layer", "attention distance, tokens"),
-        "mass": heat_map(mass, list(MASSES), "Share of the attention by kind of key", 2),
-        "cosine": heat_map(cosine, kinds, "Mean cosine between features of different", 3)}
+def draw_probe(subjects: list[Subject], results: dict[str, dict]) -> dict[str, Image.Image]:
+    """Figures 1b and 4: accuracy by step at each model's depth, with 95 % bands; and by layer where known."""
+    T = subjects[0].model.config.num_tokens
+    curves, bands, tables, widest = {}, {}, {}, 0.0
+    for subject in subjects:
+        table: dict[str, list[float]] = {}
+        halves: dict[str, list[float]] = {}
+        for r in results[subject.name]["probe"]:
+            low, high = r["interval"]
+            table.setdefault(f"layer {r['layer']}", []).append(100 * r["accuracy"])
+            halves.setdefault(f"layer {r['layer']}", []).append(50 * (high - low))
+        *by_step, pooled = table[f"layer {subject.depth}"]
+        legend = f"{subject.name} (mean-pooled {pooled:.1f})"
+        curves[legend] = list(zip(eight_steps(T), by_step))
+        bands[legend] = halves[f"layer {subject.depth}"][:-1]
+        tables[subject.name] = table
+        widest = max(widest, *sum(halves.values(), []))
+    curves["chance"] = [(s, 100 / len(subjects[0].train.meta["classes"])) for s in eight_steps(T)]
+    plot = sample.line_plot(curves, "bands: 95 %", f"step of {T}", "linear probe, top-1 %", bands)
+    pictures = {"probe": plot}
     if any(len(table) > 1 for table in tables.values()):
         columns = [*map(str, eight_steps(T)), "mean"]
-        title = f"Linear probe, top-1 %, by layer and step, ±{half:.1f}"
+        title = f"Linear probe, top-1 %, by layer and step, ±{widest:.1f}"
         pictures["layers"] = heat_map(tables, columns, title)
     return pictures
 
 
-def draw_attention(runs: list[Run], args: argparse.Namespace) -> Image.Image:
-    """Figures 2, 5 and 7: where the current token looks, runs side by side, a row per image and layer."""
-    held_out, T, grid = runs[0].held_out, runs[0].model.config.num_tokens, runs[0].model.config.grid
+def draw_numbers(subjects: list[Subject], results: dict[str, dict]) -> dict[str, Image.Image]:
+    """Attention distance and mass, cosines: Observations 1 to 3 as plots and tables."""
+    T = subjects[0].model.config.num_tokens
+    distance, mass, cosine = {}, {}, {}
+    for subject in subjects:
+        attention = results[subject.name]["attention"]
+        distance[subject.name] = list(enumerate(attention["distance"], 1))
+        by_layer = zip(*(attention[kind] for kind in MASSES))
+        mass[subject.name] = {f"layer {n}": line for n, line in enumerate(by_layer, 1)}
+        cosine[subject.name] = list(results[subject.name]["cosine"].values())
+    evenly = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]  # over all that a query can see
+    even = attention_numbers(evenly[None], math.isqrt(T))["distance"][0]
+    deepest = max(subject.model.config.n_layer for subject in subjects)
+    distance["even"] = [(n, even) for n in range(1, deepest + 1)]
+    kinds = ["steps", "crops", "images"]
+    return {"distance": sample.line_plot(distance, "", "layer", "attention distance, tokens"),
+            "mass": heat_map(mass, list(MASSES), "Share of the attention by kind of key", 2),
+            "cosine": heat_map({"": cosine}, kinds, "Mean cosine between features of different", 3)}
+
+
+def draw_attention(subjects: list[Subject], args: argparse.Namespace) -> Image.Image:
+    """Figures 2, 5 and 7: where the current token looks, models side by side, a row per image and layer."""
+    held_out = subjects[0].held_out
+    T, grid = subjects[0].model.config.num_tokens, subjects[0].model.config.grid
     steps = args.map_steps or [T * i // 4 for i in range(1, 5)]
     rows = args.map_images or choose(held_out, 3, args.seed).tolist()
     if not all(2 <= s <= T for s in steps) or not all(0 <= row < len(held_out.tokens) for row in rows):
         raise ValueError(f"--map-steps lie in 2 ... {T}, --map-images in 0 ... {len(held_out.tokens) - 1}.")
-    blocks, columns, fewest = [], [], min(run.model.config.n_layer for run in runs)
-    for run in runs:
-        layers, block = layer_numbers(run, args.map_layers)[:fewest], []  # models may differ in depth
-        for row, maps in zip(rows, torch.cat(list(attention(run.model, run.held_out.tokens[rows, 0])))):
-            pixels = np.asarray(tokenizer.center_crop(run.images.read(row), held_out.meta["image_size"]))
+    fewest = min(subject.model.config.n_layer for subject in subjects)  # models may differ in depth
+    blocks, columns = [], []
+    for subject in subjects:
+        layers, block = layer_numbers(subject, args.map_layers)[:fewest], []
+        attended = torch.cat(list(attention(subject.model, subject.held_out.tokens[rows, 0])))
+        for row, maps in zip(rows, attended):
+            pixels = tokenizer.center_crop(subject.images.read(row), held_out.meta["image_size"])
             seen = F.pad(maps[..., 1:], (0, 1))  # without the class
             seen = seen / seen.amax(-1, keepdim=True).clamp_min(1e-12)
             seen = seen.unflatten(-1, (grid, grid)).numpy()  # (L, T, g, g)
-            block += [[tinted(pixels, seen[n - 1, s - 1], s - 2) for s in steps] for n in layers]
+            block += [[tinted(np.asarray(pixels), seen[n - 1, s - 1], s - 2) for s in steps] for n in layers]
         blocks.append(block)
-        head = f"{run.name}, layer {layers[0]}" if len(layers) == 1 else run.name
+        head = f"{subject.name}, layer {layers[0]}" if len(layers) == 1 else subject.name
         columns += [(head if s == steps[0] else "", f"step {s}") for s in steps]
     labels = [f"layer {n}" if len(layers) > 1 else "" for n in layers] * len(rows)
     cells = [sum(line, []) for line in zip(*blocks)]
     return montage(cells, labels, columns, "Attention of the current token (red)")
 
 
-def draw_codes(run: Run, changed: dict[int, float], rows: np.ndarray) -> Image.Image:
+def draw_codes(subject: Subject, changed: dict[int, float], rows: np.ndarray) -> Image.Image:
     """Figure 1c: which codes change when the crop moves by some pixels."""
-    pixels, codes = crops_and_codes(run, rows)
-    codes = codes.reshape(*codes.shape[:2], run.model.config.grid, -1)
+    pixels, codes = crops_and_codes(subject, rows)
+    codes = codes.reshape(*codes.shape[:2], subject.model.config.grid, -1)
     cells = [[tinted(p, c != line[2]) for p, c in zip(crops[2:], line[2:])]
              for crops, line in zip(pixels, codes)]
     columns = [("0 px", "")] + [(f"{shift} px", f"{100 * share:.0f} %") for shift, share in changed.items()]
-    return montage(cells, [""] * len(rows), columns, "Codes that change (blue) when the crop moves")
+    return montage(cells, [""] * len(cells), columns, "Codes that change (blue) when the crop moves")
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
-def measure(run: Run, args: argparse.Namespace) -> dict:
-    """All numbers of one run, as probe.json keeps them. Asserts that the model did not move."""
-    before = tokenizer.fingerprint(run.model)
-    layers = sorted({run.layer, *layer_numbers(run, args.layers)})
-    results = {"layer": run.layer, "probe": probe_run(run, layers, args)}
-    rows = choose(run.held_out, args.images, args.seed)
-    total = sum(weights.sum(0) for weights in attention(run.model, run.held_out.tokens[rows, 0]))
-    results["attention"] = attention_numbers(total / len(rows), run.model.config.grid)
-    codes = crops_and_codes(run, rows)[1]  # (N, 7, T)
+def measure(subject: Subject, args: argparse.Namespace) -> dict:
+    """All numbers of one model, as probe.json keeps them. Asserts that the model did not move."""
+    before = tokenizer.fingerprint(subject.model)
+    layers = sorted({subject.depth, *layer_numbers(subject, args.layers)})
+    results = subject.origin | {"layer": subject.depth, "probe": probe_subject(subject, layers, args)}
+    rows = choose(subject.held_out, args.images, args.seed)
+    total = sum(weights.sum(0) for weights in attention(subject.model, subject.held_out.tokens[rows, 0]))
+    results["attention"] = attention_numbers(total / len(rows), subject.model.config.grid)
+    codes = crops_and_codes(subject, rows)[1]  # (N, 7, T)
     pairs = codes[:, :2].reshape(-1, codes.shape[2])
-    null = torch.full((len(pairs),), run.model.config.num_classes)
-    features = extract(run.model, pairs, null, [run.layer], args.out)[:, :8]
+    features = extract(subject.model, pairs, [subject.depth], args.out)[:, :8]
     results["cosine"] = consistency(features.unflatten(0, (-1, 2)))
     changed = (codes[:, 3:] != codes[:, 2:3]).mean((0, 2))
     results["codes_changed"] = dict(zip(SHIFTS[1:], changed.tolist()))
-    assert tokenizer.fingerprint(run.model) == before, "the probe moved the backbone"
+    results["images"] = len(codes)  # of attention, cosine and codes_changed
+    assert tokenizer.fingerprint(subject.model) == before, "the probe moved the backbone"
     return results
 
 
-def main() -> None:
-    """Parse the command line and run it."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; values out of range are refused (SystemExit)."""
+    within = tokenizer.within
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders or checkpoints (.pt), LlamaGen's too")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the results")
-    parser.add_argument("--layers", nargs="+", default=[], help="or: all (default: the run's depth)")
-    parser.add_argument("--train-images", type=int, default=10_000, help="to learn the probe from; 0: all")
-    parser.add_argument("--crops", type=int, default=2, help="of the ten crops of each of these images")
-    parser.add_argument("--images", type=int, default=200, help="held-out ones for the other numbers")
-    parser.add_argument("--map-images", type=int, nargs="+", help="held-out images to draw (default: three)")
-    parser.add_argument("--map-steps", type=int, nargs="+", help="steps to draw (default: four)")
-    parser.add_argument("--map-layers", nargs="+", default=[], help="layers whose attention to draw, or: all")
-    parser.add_argument("--data", help="folder or zip of images (default: the run's)")
-    parser.add_argument("--vq", help="tokenizer file (default: the run's)")
-    parser.add_argument("--cache", help="folder for token caches (default: the run's)")
-    parser.add_argument("--image-size", type=int, default=256, help="of a checkpoint that does not tell")
-    parser.add_argument("--ema", action="store_true", help="the teacher's weights instead of the student's")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and crops")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    if args.crops < 1 or args.train_images < 0 or args.images < 2:
-        parser.error("needed: crops >= 1, train-images >= 0, images >= 2")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="run folders or checkpoints (.pt), LlamaGen's too")
+    add("--out", type=Path, default=Path("figures"), help="folder for the results")
+    add("--layers", nargs="+", default=[], help="layers to probe, or: all (default: the contrast depth)")
+    add("--train-images", type=within(int, 0), default=10_000, help="to learn the probe from; 0: all")
+    add("--crops", type=within(int, 1), default=2, help="of the ten crops of each of these images")
+    add("--images", type=within(int, 2), default=200, help="held-out ones for the other numbers")
+    add("--map-images", type=within(int, 0), nargs="+", help="held-out images to draw (default: three)")
+    add("--map-steps", type=within(int, 2), nargs="+", help="steps to draw (default: four)")
+    add("--map-layers", nargs="+", default=[], help="layers whose attention to draw, or: all")
+    add("--data", help="folder or zip of images (default: the run's)")
+    add("--subset", help="file of class folders to keep, one a line (default: the run's)")
+    add("--skip-corrupt", action="store_true", help="leave bad images out, naming them")
+    add("--vq", help="tokenizer file (default: the run's)")
+    add("--cache", help="folder for token caches (default: the run's)")
+    add("--image-size", type=within(int, 16, 4096), default=256, help="of a checkpoint that does not tell")
+    add("--ema", action="store_true", help="the teacher's weights instead of the student's")
+    add("--seed", type=within(int, 0, 2 ** 62), default=0, help="of the choice of images and crops")
+    add("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    return parser.parse_args(argv)
 
-    runs = [open_run(path, args) for path in args.runs]
-    check_runs(runs)
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run it.
+
+    Raises ValueError or OSError, in one sentence, for a user's mistake.
+    """
+    args = parse_arguments(argv)
+    tokenizer.check_output(args.out / "probe.json")
+    device = tokenizer.choose_device(args.device)
+    subjects = [open_subject(path, args, device) for path in args.runs]
+    check_subjects(subjects)
+    for subject in subjects:
+        layer_numbers(subject, args.layers)
     args.out.mkdir(parents=True, exist_ok=True)
-    pictures = {"attention": draw_attention(runs, args)}
-    results = {run.name: measure(run, args) for run in runs}
-    pictures |= draw_numbers(runs, results)
-    changed, three = results[runs[0].name]["codes_changed"], choose(runs[0].held_out, 3, args.seed)
-    pictures["codes"] = draw_codes(runs[0], changed, three)
+    pictures = {"attention": draw_attention(subjects, args)}
+    results = {subject.name: measure(subject, args) for subject in subjects}
+    pictures |= draw_probe(subjects, results) | draw_numbers(subjects, results)
+    three = choose(subjects[0].held_out, 3, args.seed)
+    pictures["codes"] = draw_codes(subjects[0], results[subjects[0].name]["codes_changed"], three)
     for name, picture in pictures.items():
         sample.save_image(args.out / f"{name}.png", picture)
-    content = {"settings": {key: str(value) for key, value in vars(args).items()}, "runs": results}
-    text = json.dumps(content, indent=1).encode()
+    settings = {key: value for key, value in vars(args).items() if key not in ("runs", "out")}
+    settings |= {"epochs": EPOCHS, "batch": BATCH, "device": device.type}
+    text = json.dumps({"settings": settings, "runs": results}, indent=1).encode()
     tokenizer.write_file(args.out / "probe.json", lambda file: file.write(text))
-    for run in runs:
-        weights = "ema" if args.ema else "student"
-        print(f"{run.name}, {weights} weights, layer {run.layer}: step, top-1 %, 95 % interval")
-        for r in results[run.name]["probe"]:
-            if r["layer"] == run.layer:
+    for subject in subjects:
+        print(f"{subject.name}, {subject.origin['weights']} weights, layer {subject.depth}: step, top-1 %, "
+              "95 % interval")
+        for r in results[subject.name]["probe"]:
+            if r["layer"] == subject.depth:
                 low, high = (100 * end for end in r["interval"])
                 print(f"{r['step']:>6} {100 * r['accuracy']:5.1f}  {low:.1f} ... {high:.1f}")
     print(f"{args.out}: probe.json and " + ", ".join(f"{name}.png" for name in pictures))

@@ -1,12 +1,13 @@
-"""Generate images from a trained model: temperature, top-k, top-p, classifier-free guidance, KV cache.
+"""Images out: generation (temperature, top-k, top-p, classifier-free guidance, KV cache), grids and plots.
 
 ST-AR (arXiv 2509.15185) does not change sampling; this is LlamaGen's (arXiv 2406.06525, generate.py), token
 for token.
 
-    python sample.py runs/tiny --classes 3 7 7 --cfg 2.0 --seed 0             # a captioned grid
-    torchrun --nproc-per-node 8 sample.py runs/tiny --num-images 50000 --npz out.npz   # for fid.py, in
-    ADM's layout python sample.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k
-    2000
+    python sample.py runs/tiny --classes 3 7 7 --cfg 2.0 --seed 0                      # a captioned grid
+    python sample.py runs/tiny-ar runs/tiny --classes 0 5 9 --cfg 2 --out side.png     # runs below each other
+    python sample.py runs/tiny --reconstruct                                           # what the codes keep
+    torchrun --nproc-per-node 8 sample.py runs/tiny --num-images 50000 --npz out.npz   # for fid.py
+    python sample.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k 2000
 
 Shapes in comments: B images, T tokens, V vocabulary, S side in pixels.
 """
@@ -14,12 +15,17 @@ Shapes in comments: B images, T tokens, V vocabulary, S side in pixels.
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -45,25 +51,65 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
     return logits
 
 
+def next_logits(model: Transformer, classes: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from the tokens known so far, (B, p), to the logits (B, V) of the next, for `classes` (B,).
+
+    To be called with p = 0, 1, 2 ...: earlier keys and values are cached, only the new position is run.
+    """
+    cache = model.new_cache(len(classes))
+    return lambda known: model(known, classes, cache=cache).logits[:, -1]
+
+
+def next_logits_as_graph(model: Transformer, classes: torch.Tensor,
+                         decode: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`next_logits` for CUDA: a step, `decode`, is recorded as a CUDA graph and replayed for each token.
+
+    decode  model.decode, compiled or not. A replay launches all its kernels at once, on the same memory: so
+            its inputs are copied into place, and the logits are those of the latest call only
+    """
+    cache = model.new_cache(len(classes))
+    first = model(classes.new_empty(len(classes), 0), classes, cache=cache).logits[:, -1]
+    token, position = torch.zeros_like(classes), torch.ones_like(classes[:1])
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # compiles; what it stores at position 1 the first replay overwrites
+        decode(token, position, cache)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = decode(token, position, cache)
+
+    def replay(known):
+        if known.shape[1] == 0:
+            return first
+        token.copy_(known[:, -1])
+        position.fill_(known.shape[1])
+        graph.replay()
+        return logits
+
+    return replay
+
+
 @torch.no_grad()
 def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg_interval: int = -1,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-             generator: torch.Generator | None = None) -> torch.Tensor:
+             generator: torch.Generator | None = None, decode: Callable | None = None) -> torch.Tensor:
     """Codes (B, T) int64 for `classes` (B,) int64, from a model in eval mode.
 
     cfg           guidance scale s: logits = u + s (c - u), u under the null class; guidance is off at s <= 1
     cfg_interval  LlamaGen: guide the first cfg_interval + 2 tokens only; -1 guides all
     temperature   divides the logits; 0 takes the likeliest token
     generator     on the model's device; the default is torch's global one
+    decode        on CUDA, a compiled `model.decode`: see `next_logits_as_graph`
     """
     B, T, guided = len(classes), model.config.num_tokens, cfg > 1
     if guided:  # the second half of the batch runs the same tokens under the null class
         classes = torch.cat([classes, torch.full_like(classes, model.config.num_classes)])
-    cache = model.new_cache(len(classes))
+    step = next_logits_as_graph(model, classes, decode) if decode else next_logits(model, classes)
     tokens = torch.empty(B, T, dtype=torch.long, device=classes.device)
     for p in range(T):
         known = tokens[:, :p]
-        logits = model(torch.cat([known, known]) if guided else known, classes, cache=cache).logits[:, -1]
+        logits = step(torch.cat([known, known]) if guided else known)
         if guided:
             conditional, unconditional = logits.chunk(2)
             inside = cfg_interval < 0 or p < cfg_interval + 2
@@ -72,7 +118,9 @@ def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg
             tokens[:, p] = logits.argmax(-1)
             continue
         probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
-        tokens[:, p] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        # torch.multinomial's own draw, without its checks, for which the host would wait at every token
+        noise = torch.empty_like(probabilities).exponential_(generator=generator)
+        tokens[:, p] = (probabilities / noise).argmax(-1)
     return tokens
 
 
@@ -99,7 +147,7 @@ def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = No
         x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + line + gap)
         grid.paste(Image.fromarray(image).resize((cell, cell), Image.LANCZOS), (x, y))
         if captions:
-            text = captions[i]
+            text = " ".join(captions[i].split())  # a name may hold a newline
             while text and draw.textlength(text, font) > cell:
                 text = text[:-1]
             draw.text((x + cell / 2, y + cell + 1), text, "black", font, anchor="ma")
@@ -113,13 +161,19 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def line_plot(series: dict[str, list[tuple[float, float]]], title: str, x_label: str, y_label: str,
-              width: int = 640, height: int = 400) -> Image.Image:
-    """A plain line plot of {name: [(x, y), ...]} with a legend, drawn at twice the size; nan leaves a gap."""
-    series = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
-    xs, ys = ([point[i] for points in series.values() for point in points] or [0.0] for i in (0, 1))
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    x1, pad = max(x1, x0 + 1e-9), 0.06 * (y1 - y0) or 0.5
-    y0, y1 = y0 - pad, y1 + pad
+              bands: dict[str, list[float]] = {}, width: int = 640, height: int = 400) -> Image.Image:
+    """A plain line plot of {name: [(x, y), ...]} with a legend, drawn at twice the size; nan is left out.
+
+    bands  {name: half width of the shaded band around each of its points}, for as many names as have one
+    """
+    rows = {name: [(x, y, half) for (x, y), half in zip(points, bands.get(name, [0.0] * len(points)))
+                   if math.isfinite(y)] for name, points in series.items()}
+    points = sum(rows.values(), []) or [(0.0, 0.0, 0.0)]
+    x0, x1 = min(x for x, _, _ in points), max(x for x, _, _ in points)
+    y0, y1 = min(y - half for _, y, half in points), max(y + half for _, y, half in points)
+    x1 = max(x1, x0 + 1e-9)
+    margin = 0.06 * (y1 - y0) or 0.5
+    y0, y1 = y0 - margin, y1 + margin
     image = Image.new("RGB", (2 * width, 2 * height), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
     left, right, top, bottom = 140, 2 * width - 40, 80, 2 * height - 110
@@ -132,22 +186,50 @@ def line_plot(series: dict[str, list[tuple[float, float]]], title: str, x_label:
         draw.text((left - 12, place(x0, y)[1]), f"{y:g}", "black", font, anchor="rm")
     for x in _ticks(x0, x1):
         draw.text((place(x, y0)[0], bottom + 10), f"{x:g}", "black", font, anchor="ma")
+    for colour, name in zip(COLOURS * 4, rows):
+        if name in bands and len(rows[name]) > 1:  # lines lie above all bands, and bands shine through others
+            mask = Image.new("L", image.size)
+            edges = [place(x, y + half) for x, y, half in rows[name]]
+            edges += [place(x, y - half) for x, y, half in reversed(rows[name])]
+            ImageDraw.Draw(mask).polygon(edges, 50)
+            image.paste(colour, mask=mask)
     draw.line([(left, top), (left, bottom), (right, bottom)], "black", 3)
-    for colour, (name, points) in zip(COLOURS * 4, series.items()):
-        places = [place(x, y) for x, y in points]
+    for colour, line in zip(COLOURS * 4, rows.values()):
+        places = [place(x, y) for x, y, _ in line]
         if len(places) > 1:
             draw.line(places, colour, 5, joint="curve")
         for x, y in places if len(places) < 30 else []:
             draw.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
+    _write_around(image, (left, right, top, bottom), list(series), title, x_label, y_label)
+    return image
+
+
+def _write_around(image: Image.Image, frame: tuple[int, int, int, int], names: list[str], title: str,
+                  x_label: str, y_label: str) -> None:
+    """Title, legend and axis labels of a line plot whose axes are `frame`."""
+    left, right, top, bottom = frame
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
     x = right
-    for colour, name in reversed(list(zip(COLOURS * 4, series))):
+    for colour, name in reversed(list(zip(COLOURS * 4, names))):
         x -= draw.textlength(name, font) + 24
         draw.text((x, 66), name, colour, font, anchor="ls")
     draw.text((left, 66), title, "black", font, anchor="ls")
-    draw.text(((left + right) / 2, 2 * height - 20), x_label, "black", font, anchor="ms")
+    draw.text(((left + right) / 2, image.height - 20), x_label, "black", font, anchor="ms")
     side = Image.new("L", (bottom - top, 40))
     ImageDraw.Draw(side).text(((bottom - top) / 2, 20), y_label, 255, font, anchor="mm")
     image.paste("black", (8, top), side.rotate(90, expand=True))
+
+
+def stacked(blocks: list[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures below each other, a line of text above each."""
+    line = 22
+    height = sum(line + block.height for _, block in blocks)
+    image = Image.new("RGB", (max(block.width for _, block in blocks), height), "white")
+    draw, font, y = ImageDraw.Draw(image), ImageFont.load_default(15), 0
+    for title, block in blocks:
+        draw.text((4, y + line), title, "black", font, anchor="ld")
+        image.paste(block, (0, y + line))
+        y += line + block.height
     return image
 
 
@@ -161,8 +243,9 @@ def reconstruction_grid(vq: tokenizer.VQModel, pixels: torch.Tensor) -> Image.Im
 
 
 def save_reconstructions(path: str | Path, vq: tokenizer.VQModel, settings) -> None:
-    """`reconstruction_grid` of twenty held-out images; `settings` has data, image_size and skip_corrupt."""
-    images = tokenizer.open_images(settings.data, "val")
+    """`reconstruction_grid` of twenty held-out images; `settings` has data, subset, image_size,
+    skip_corrupt."""
+    images = tokenizer.open_images(settings.data, "val", settings.subset)
     pixels = tokenizer.held_out_pixels(images, settings.image_size, 20, settings.skip_corrupt)
     save_image(path, reconstruction_grid(vq, pixels))
 
@@ -170,118 +253,253 @@ def save_reconstructions(path: str | Path, vq: tokenizer.VQModel, settings) -> N
 # ---- Images ------------------------------------------------------------------------------------------------
 
 def sample_images(model: Transformer, vq: tokenizer.VQModel, classes: torch.Tensor, seed: int,
-                  **settings) -> np.ndarray:
-    """uint8 (B, S, S, 3) for `classes` (B,), a function of its arguments; `settings` are `generate`'s."""
+                  resize_to: int = 0, **settings) -> np.ndarray:
+    """uint8 (B, S, S, 3) for `classes` (B,), a function of its arguments; `settings` are `generate`'s.
+
+    resize_to  side of the images, pixels; 0: as decoded. LlamaGen scores 384 px models at 256 px this way
+    """
     device = model.output.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     codes = generate(model, classes.to(device), generator=generator, **settings)
-    with torch.no_grad():
-        return tokenizer.to_uint8(torch.cat([vq.decode(part) for part in codes.split(16)])).cpu().numpy()
+    parts = []
+    for chunk in codes.split(16):
+        with torch.no_grad():
+            pixels = vq.decode(chunk)  # (16, 3, S, S), about [-1, 1]
+        if resize_to:
+            pixels = F.interpolate(pixels, (resize_to, resize_to), mode="bicubic")  # LlamaGen: no antialias
+        parts.append(tokenizer.to_uint8(pixels))
+    return torch.cat(parts).cpu().numpy()
+
+
+def sample_grid(model: Transformer, vq: tokenizer.VQModel, classes: list[int], names: list[str], seed: int,
+                **settings) -> Image.Image:
+    """A picture of one image per entry of `classes`, ten in a row, captioned with their names."""
+    pixels = sample_images(model, vq, torch.tensor(classes), seed, **settings)
+    return image_grid(pixels, min(10, len(classes)), [names[c] for c in classes])
 
 
 def save_samples(path: Path, model: Transformer, vq: tokenizer.VQModel, classes: list[int], names: list[str],
                  seed: int, **settings) -> None:
-    """Write a grid of one image per entry of `classes`, captioned with its name."""
-    pixels = sample_images(model, vq, torch.tensor(classes), seed, **settings)
-    grid = image_grid(pixels, min(10, len(classes)), [names[c] for c in classes])
-    save_image(path, grid)
+    """Write `sample_grid` as PNG."""
+    save_image(path, sample_grid(model, vq, classes, names, seed, **settings))
 
 
-def save_npz(path: Path, model: Transformer, vq: tokenizer.VQModel, count: int, batch: int, seed: int,
-             protocol: dict, **settings) -> None:
-    """Write `count` class-balanced images to an .npz in ADM's layout.
+def mixed_labels(count: int, num_classes: int) -> torch.Tensor:
+    """Labels (count,) int64 in one fixed mixed order: blocks that hold every class once, each shuffled.
 
-    arr_0 uint8 (N, S, S, 3), arr_1 labels int64 (N,), and `protocol`, a JSON string with every sampling
-    setting.
+    So any first n images are balanced, and so is each part that an Inception Score takes as a split; the
+    label at a place does not depend on `count`.
+    """
+    g = torch.Generator().manual_seed(0)
+    blocks = [torch.randperm(num_classes, generator=g) for _ in range(math.ceil(count / num_classes))]
+    return torch.cat(blocks)[:count]
+
+
+def save_npz(path: Path, model: Transformer, vq: tokenizer.VQModel, names: list[str], count: int, batch: int,
+             seed: int, protocol: dict, decode: Callable | None = None, **settings) -> None:
+    """Write `count` images in the order of `mixed_labels` to an .npz in ADM's layout.
+
+    arr_0 uint8 (N, S, S, 3), arr_1 labels int64 (N,), `classes` their names in label order (K,), and
+    `protocol`, a JSON string of how the images were made: what the caller says of model and tokenizer, and
+    every sampling setting.
 
     Under torchrun each process makes every WORLD_SIZE-th batch and rank 0 joins them; no process group is
-    needed, the images do not depend on the number of processes, and a killed run goes on where it was.
+    needed, the images do not depend on the number of processes, and a killed run goes on where it was: its
+    parts are named after the protocol, so that those of other weights or settings are never taken.
+    Raises ValueError, in one sentence, while another run writes the same file.
     """
     rank, world = tokenizer.rank_and_world()
-    labels = torch.arange(count) * model.config.num_classes // count  # class-balanced, in class order
-    protocol |= settings | {"seed": seed, "batch": batch, "num": count}
-    protocol = json.dumps(protocol, sort_keys=True)
-    folder = path.with_name(f".{path.name}-{tokenizer.digest(protocol)}")
-    parts = [folder / f"{start:07d}.npy" for start in range(0, count, batch)]
-    for part in tqdm(parts[rank::world], "sampling", disable=rank != 0, unit="batch"):
-        if not part.exists():
-            start = int(part.stem)
-            pixels = sample_images(model, vq, labels[start:start + batch], seed + start, **settings)
-            tokenizer.write_file(part, lambda file: np.save(file, pixels))
-    if rank == 0:
-        while not all(part.exists() for part in parts):
-            time.sleep(0.2)
-        images = np.concatenate([np.load(part) for part in parts])
-        arrays = dict(arr_0=images, arr_1=labels.numpy(), protocol=protocol)
-        tokenizer.write_file(path, lambda file: np.savez(file, **arrays))
-        for part in parts:
-            part.unlink()
-        folder.rmdir()
+    labels = mixed_labels(count, model.config.num_classes)
+    protocol = json.dumps(protocol | settings | {"seed": seed, "batch": batch, "num": count}, sort_keys=True)
+    folder = path.with_name(f".{path.name}.parts")
+    parts = [folder / f"{tokenizer.digest(protocol)}-{start:07d}.npy" for start in range(0, count, batch)]
+    with tokenizer.locked(folder) if rank == 0 else nullcontext():
+        for i in tqdm(range(rank, len(parts), world), "sampling", disable=rank != 0, unit="batch"):
+            if not parts[i].exists():
+                start = i * batch
+                pixels = sample_images(model, vq, labels[start:start + batch], seed + start, decode=decode,
+                                       **settings)
+                tokenizer.write_file(parts[i], lambda file: np.save(file, pixels))
+        if rank == 0:
+            while not all(part.exists() for part in parts):
+                time.sleep(0.2)
+            images = np.concatenate([np.load(part) for part in parts])
+            arrays = dict(arr_0=images, arr_1=labels.numpy(), classes=np.array(names), protocol=protocol)
+            tokenizer.write_file(path, lambda file: np.savez(file, **arrays))
+            shutil.rmtree(folder)
 
 
-def open_run(args: argparse.Namespace) -> tuple[Transformer, tokenizer.VQModel, list[str], str]:
-    """(model, tokenizer, class names, name) of a run folder or of two files, as the command line names them.
+# ---- Command line ------------------------------------------------------------------------------------------
+
+class Trained(NamedTuple):
+    """A trained model and what belongs to it."""
+    name: str
+    model: Transformer
+    vq: tokenizer.VQModel
+    classes: list[str]  # names in label order
+    config: dict  # the run's settings; empty for LlamaGen's files
+    data: dict  # `tokenizer.cache_meta` of its training images; empty for LlamaGen's files
+    origin: dict  # for protocols: name, kind of weights, step and seed of the training, digests
+
+
+def open_trained(path: Path, vq_path: str | Path | None, ema: bool, image_size: int, device) -> Trained:
+    """The model of a run folder or checkpoint file, with its tokenizer (`vq_path`, or the run's own).
 
     Raises FileNotFoundError or ValueError, in one sentence, if they are missing or do not belong together.
     """
-    path = Path(args.run) / "checkpoint.pt" if args.run else Path(args.gpt)
-    model, rest = load_model(path, args.ema, args.image_size, args.device)
-    vq_path = args.vq or (Path(args.run) / "tokenizer.pt" if args.run else "")
-    if not args.vq and "config" in rest and not Path(vq_path).exists():
-        vq_path = rest["config"]["tokenizer"]
-    vq = tokenizer.load_tokenizer(vq_path, args.device)
+    file = path / "checkpoint.pt" if path.is_dir() or not path.suffix else path
+    model, rest = load_model(file, ema, image_size, device)
+    config, data, copy = rest.get("config", {}), rest.get("data", {}), file.with_name("tokenizer.pt")
+    if not vq_path and config:
+        vq_path = copy if copy.exists() else config["tokenizer"]
+    if not vq_path:
+        raise ValueError(f"{file} does not name its tokenizer; add --vq FILE.")
+    vq = tokenizer.load_tokenizer(vq_path, device)
     if vq.config.codebook_size != model.config.vocab_size:
-        raise ValueError(f"{vq_path} has {vq.config.codebook_size} codes, but {path} was trained on "
+        raise ValueError(f"{vq_path} has {vq.config.codebook_size} codes, but {file} was trained on "
                          f"{model.config.vocab_size}: they do not belong together.")
-    data = rest.get("data", {})
-    if data.get("tokenizer", (found := tokenizer.fingerprint(vq))) != found:
-        raise ValueError(f"{vq_path} is tokenizer {found}, but {path} was trained with {data['tokenizer']}.")
+    found = tokenizer.fingerprint(vq)
+    if data.get("tokenizer", found) != found:
+        raise ValueError(f"{vq_path} is tokenizer {found}, but {file} was trained with {data['tokenizer']}.")
+    name = path.stem if file == path else path.resolve().name
+    origin = {"model": name, "weights": "ema" if ema else "student",
+              "step": rest.get("step", rest.get("steps")),  # LlamaGen's name is the second
+              "training_seed": config.get("seed"), "weights_digest": tokenizer.fingerprint(model),
+              "tokenizer_digest": found}
     names = data.get("classes", [f"class {c}" for c in range(model.config.num_classes)])
-    return model, vq, names, rest.get("config", {}).get("name") or path.stem
+    return Trained(name, model, vq, names, config, data, origin)
 
 
-def main() -> None:
-    """Parse the command line and run it."""
+def choose_precision(name: str, device: torch.device) -> str:
+    """fp32 or bf16, as `name` says; by default bf16 on GPUs that have it, as in LlamaGen's sampler."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return name or ("bf16" if native else "fp32")
+
+
+@torch.no_grad()
+def compiled_decode(model: Transformer, rows: int) -> Callable:
+    """`model.decode`, compiled for a batch of `rows`; as it is, and said, where that cannot be done."""
+    tokens = torch.zeros(rows, dtype=torch.long, device=model.output.weight.device)
+    decode = torch.compile(model.decode)
+    try:
+        decode(tokens, torch.ones_like(tokens[:1]), model.new_cache(rows))
+    except Exception as error:  # no C compiler for Triton, a GPU too old for it ...: they share no class
+        reason = str(error).strip().split("\n")[0][:100]
+        print(f"Sampling goes on uncompiled and slower: torch.compile failed ({reason}).", file=sys.stderr)
+        return model.decode
+    return decode
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; what contradicts itself is refused (SystemExit)."""
+    within = tokenizer.within
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", nargs="?", help="run folder, as in runs/tiny")
-    parser.add_argument("--gpt", help="LlamaGen checkpoint, instead of a run folder")
-    parser.add_argument("--vq", help="tokenizer file (default: the run's)")
-    parser.add_argument("--classes", type=int, nargs="+", help="one image for each of these (default: 20)")
-    parser.add_argument("--num", "--num-images", type=int, help="with --npz: how many images, class-balanced")
-    parser.add_argument("--npz", type=Path, help="write images for fid.py here instead of a grid")
-    parser.add_argument("--out", type=Path, default="samples.png", help="grid to write (default samples.png)")
-    parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1: none")
-    parser.add_argument("--cfg-interval", type=int, default=-1, help="guide N + 2 tokens only; -1: all")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="0: all codes")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1: all codes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=100, help="images at once, with --npz")
-    parser.add_argument("--image-size", type=int, default=256, help="of a --gpt that does not tell")
-    parser.add_argument("--ema", action="store_true", help="the teacher's weights instead of the student's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    if bool(args.run) == bool(args.gpt) or (args.gpt and not args.vq):
-        parser.error("name a run folder, or --gpt FILE and --vq FILE")
-    if bool(args.npz) != bool(args.num):
-        parser.error("--num and --npz go together")
-    if min(args.temperature, args.top_k) < 0 or not 0 < args.top_p <= 1 or min(args.batch, args.num or 1) < 1:
-        parser.error("needed: temperature >= 0, 0 < top-p <= 1, top-k >= 0, batch and num >= 1")
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, help="run folders, as in runs/tiny, or checkpoints (.pt)")
+    add("--gpt", type=Path, help="LlamaGen checkpoint, instead of a run folder")
+    add("--vq", help="tokenizer file (default: the run's)")
+    add("--classes", type=int, nargs="+", help="one image for each of these (default: 20)")
+    add("--out", type=Path, help="the picture (default: samples.png or reconstructions.png)")
+    add("--reconstruct", action="store_true", help="draw what the codes keep of held-out images instead")
+    add("--data", help="with --reconstruct: folder or zip of images (default: the run's)")
+    add("--subset", help="with --data: file of class folders to keep, one a line")
+    add("--npz", type=Path, help="write images as .npz in ADM's layout instead of a picture")
+    add("--num", "--num-images", type=within(int, 1, 10 ** 7), help="with --npz: how many, class-balanced")
+    add("--batch", type=within(int, 1, 10 ** 5), help="with --npz: images at once (default: 100)")
+    add("--resize-to", type=within(int, 1, 4096), default=0, help="side of the images (default: as decoded)")
+    add("--cfg", type=within(float, 1), default=1.0, help="guidance scale; 1: none")
+    add("--cfg-interval", type=within(int, -1), default=-1, help="guide this many + 2 tokens; -1: all")
+    add("--temperature", type=within(float, 0), default=1.0, help="0: the likeliest token")
+    add("--top-k", type=within(int, 0), default=0, help="0: all codes")
+    add("--top-p", type=within(float, 0, 1), default=1.0, help="1: all codes")
+    add("--seed", type=within(int, 0, 2 ** 62), default=0)
+    add("--image-size", type=within(int, 16, 4096), default=256, help="of a --gpt that does not tell")
+    add("--ema", action="store_true", help="the teacher's weights instead of the student's")
+    add("--precision", choices=["bf16", "fp32"], default="", help="default: bf16 on GPUs, fp32 on a CPU")
+    add("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    args = parser.parse_args(argv)
 
-    model, vq, names, name = open_run(args)
-    keys = ("cfg", "cfg_interval", "temperature", "top_k", "top_p")
+    for wrong, sentence in (
+        (bool(args.runs) == bool(args.gpt), "name a run folder, or --gpt FILE and --vq FILE"),
+        (bool(args.npz) != bool(args.num), "--num and --npz go together"),
+        (args.npz and (args.classes or args.out or args.reconstruct),
+         "--npz holds all classes in one file: no --classes, --out or --reconstruct beside it"),
+        (args.batch and not args.npz, "--batch goes with --npz"),
+        ((args.data or args.subset) and not args.reconstruct, "--data and --subset go with --reconstruct"),
+        (args.classes and args.reconstruct, "--reconstruct takes no --classes"),
+        (len(args.runs) > 1 and (args.npz or args.reconstruct), "--npz and --reconstruct take one run"),
+    ):
+        if wrong:
+            parser.error(sentence)
+    return args
+
+
+def runs_grid(trained: list[Trained], classes: list[int] | None, seed: int, settings: dict) -> Image.Image:
+    """Samples of one or several models for equal `classes` (default: 20 spread evenly) and an equal seed.
+
+    Raises ValueError if a model does not know one of the classes.
+    """
+    known = min(len(one.classes) for one in trained)
+    shown = min(known, 20)
+    classes = classes or [i * known // shown for i in range(shown)]
+    if bad := [c for c in classes if not 0 <= c < known]:
+        names = " and ".join(one.name for one in trained)
+        raise ValueError(f"class {bad[0]} does not exist: {names} know 0 ... {known - 1}.")
+    grids = [(one.name, sample_grid(one.model, one.vq, classes, one.classes, seed, **settings))
+             for one in trained]
+    return grids[0][1] if len(grids) == 1 else stacked(grids)
+
+
+def reconstruct(path: Path, one: Trained, data: str | None, subset: str | None) -> None:
+    """`save_reconstructions` of a run's held-out images, or of those in `data`."""
+    if not (data or one.config):
+        raise ValueError(f"{one.name} does not name its images; add --data.")
+    settings = argparse.Namespace(
+        data=data or one.config["data"], subset=subset or one.config.get("subset", ""),
+        image_size=one.model.config.grid * one.vq.config.downsample,
+        skip_corrupt=one.config.get("skip_corrupt", False))
+    save_reconstructions(path, one.vq, settings)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run it.
+
+    Raises ValueError or OSError, in one sentence, for a user's mistake.
+    """
+    args = parse_arguments(argv)
+    if args.npz:
+        path = args.npz if args.npz.suffix == ".npz" else Path(f"{args.npz}.npz")
+    else:
+        path = args.out or Path("reconstructions.png" if args.reconstruct else "samples.png")
+    tokenizer.check_output(path)
+    device = tokenizer.choose_device(args.device)
+    trained = [open_trained(run, args.vq, args.ema, args.image_size, device)
+               for run in args.runs or [args.gpt]]
+    if args.reconstruct:
+        reconstruct(path, trained[0], args.data, args.subset)
+        print(f"{path}: held-out images, and below each what the codes of {trained[0].name} keep of it")
+        return
+    precision = choose_precision(args.precision, device)
+    for one in trained if precision == "bf16" else []:
+        for p in one.model.parameters():  # the weights alone: the rotary table stays in float32
+            p.data = p.data.bfloat16()
+    keys = ("cfg", "cfg_interval", "temperature", "top_k", "top_p", "resize_to")
     settings = {key: getattr(args, key) for key in keys}
     if args.npz:
-        protocol = {"model": name, "weights": "ema" if args.ema else "student"}
-        save_npz(args.npz, model, vq, args.num, args.batch, args.seed, protocol, **settings)
-        return
-    count = model.config.num_classes
-    classes = args.classes or [i * count // min(count, 20) for i in range(min(count, 20))]
-    if bad := [c for c in classes if not 0 <= c < count]:
-        raise ValueError(f"class {bad[0]} does not exist: {name} knows 0 ... {count - 1}.")
-    save_samples(args.out, model, vq, classes, names, args.seed, **settings)
-    print(f"{args.out}: {len(classes)} images from {name}, {'ema' if args.ema else 'student'} weights, "
-          f"seed {args.seed},", ", ".join(f"{key} {value}" for key, value in settings.items()))
+        _, model, vq, names, _, _, origin = trained[0]
+        batch = min(args.batch or 100, args.num)
+        rows = 2 * batch if args.cfg > 1 else batch
+        decode = compiled_decode(model, rows) if device.type == "cuda" else None
+        protocol = origin | {"precision": precision, "device": device.type}
+        save_npz(path, model, vq, names, args.num, batch, args.seed, protocol, decode, **settings)
+        said = f"{args.num} images of {len(names)} classes"
+    else:
+        save_image(path, runs_grid(trained, args.classes, args.seed, settings))
+        said = "samples"
+    if tokenizer.rank_and_world()[0] == 0:
+        print(f"{path}: {said} from {', '.join(one.name for one in trained)}, "
+              f"{'ema' if args.ema else 'student'} weights in {precision}, seed {args.seed},",
+              ", ".join(f"{key} {value}" for key, value in settings.items()))
 
 
 if __name__ == "__main__":

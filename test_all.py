@@ -8,18 +8,22 @@ Also collected by pytest. The last line is "N passed, N failed".
 
 import argparse
 import contextlib
+import inspect
 import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
+
 from functools import lru_cache
 from pathlib import Path
 
@@ -49,6 +53,22 @@ def refuses(error, words, call, *args, **kwargs):
         assert "\n" not in text and all(word in text for word in words.split()), text
     else:
         raise AssertionError(f"{call.__name__} did not refuse")
+
+
+def refusal(main, *argv):
+    """The one line with which a script's `main` refuses these arguments."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            main([str(word) for word in argv])
+    except (ValueError, OSError) as error:
+        text = str(error)
+    except SystemExit:  # argparse's
+        text = said.getvalue().splitlines()[-1]
+    else:
+        raise AssertionError(f"{argv} was not refused")
+    assert text and "\n" not in text, text
+    return text
 
 
 def tiny_model(seed=0, head=True, **changes):
@@ -171,6 +191,163 @@ def test_reader_refuses_in_one_sentence():
         refuses(ValueError, "class1/00.png not a readable image", bad.read, i)
 
 
+def pack(folder, path, top="", compression=zipfile.ZIP_STORED):
+    """All files of a folder in a zip, below `top`."""
+    files = sorted(file for file in folder.rglob("*.*") if file.is_file())
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for file in files:
+            archive.write(file, top + file.relative_to(folder).as_posix())
+    return path
+
+
+def test_reader_finds_what_people_have():
+    """A folder around everything, Train/ and Val/, leftovers of other programs, empty lines; and it says what it found."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_images(root / "a" / "b" / "Train", each=3)
+        write_images(root / "a" / "b" / "Val", each=2)
+        for junk in ("Train/.ipynb_checkpoints", "Train/__MACOSX", "Train/class0/.cache"):
+            write_images(root / "a" / "b" / junk, classes=1, each=1)
+        (root / "a" / "notes.txt").write_text("one")
+        (root / "a" / "b" / "words.txt").write_text("class1\tlion, king\n\n\nno tab\n")
+        images, val = tokenizer.open_images(root), tokenizer.open_images(root, "val")
+        assert images.classes == ["class0", "lion", "class2", "class3"] and (len(images), len(val)) == (12, 8)
+        assert "12 training and 8 held-out images of 4 classes; 1 other" in images.summary, images.summary
+        zipped = tokenizer.open_images(pack(root, root / "x.zip", "top/"))
+        assert zipped.fingerprint == images.fingerprint and zipped.classes == images.classes
+
+        write_images(root / "flat", classes=3, each=1)
+        refuses(ValueError, "one image of each class add images", tokenizer.open_images, root / "flat")
+        (root / "flat" / "class0" / "a.png").symlink_to(root / "gone")
+        refuses(ValueError, "a.png broken link", tokenizer.open_images, root / "flat")
+        (root / "flat" / "class0" / "a.png").unlink()
+        os.mkfifo(root / "flat" / "class0" / "a.jpg")  # to open it would wait for ever
+        refuses(ValueError, "a.jpg no regular file", tokenizer.open_images, root / "flat")
+        (root / "flat" / "class0" / "a.jpg").unlink()
+        write_images(root / "flat", classes=3, each=2)
+        (root / "flat" / "class2" / "circle").symlink_to(root / "flat")
+        assert len(tokenizer.open_images(root / "flat")) == 3
+        (root / "flat" / "class2").rename(root / "flat" / "two\nlines")
+        refuses(ValueError, r"two\nlines cannot be printed", tokenizer.open_images, root / "flat")
+
+        def forbidden(path, scandir=os.scandir):
+            if str(path).endswith("class1"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        kept, os.scandir = os.scandir, forbidden  # the superuser may read everything
+        try:
+            refuses(OSError, "class1 Permission denied", tokenizer.open_images, root / "flat")
+        finally:
+            os.scandir = kept
+
+
+def test_subset_equals_a_pack_of_these_classes():
+    """Same names, labels and fingerprints whether classes are chosen by a list or by packing them alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for place, kept in (("all", (0, 1, 2, 3)), ("few", (1, 3))):
+            for i in kept:
+                for part, each in (("train", 4), ("val", 2)):
+                    write_images(root / place / part, classes=i + 1, each=each)
+            for other in {0, 1, 2, 3} - set(kept):
+                for file in (root / place).glob(f"*/class{other}/*"):
+                    file.unlink()
+        (root / "list.txt").write_text("class3\n\n class1 \r\nclass3\n")
+        for split in ("train", "val"):
+            a = tokenizer.open_images(pack(root / "all", root / "all.zip"), split, root / "list.txt")
+            b = tokenizer.open_images(pack(root / "few", root / "few.zip", compression=zipfile.ZIP_DEFLATED), split)
+            c = tokenizer.open_images(root / "all", split, root / "list.txt")
+            assert a.names == b.names and a.fingerprint == b.fingerprint == c.fingerprint
+            assert a.classes == ["class1", "class3"] and np.array_equal(a.labels, b.labels) and set(a.labels) == {0, 1}
+        vq = tokenizer.load_tokenizer(workshop()[1] / "vq.pt")
+        assert tokenizer.cache_meta(a, vq, 16, ()) == tokenizer.cache_meta(b, vq, 16, ())
+        assert "of 2 classes (of 4: those in" in a.summary
+        (root / "wrong.txt").write_text("class1\ndog\n")
+        (root / "empty.txt").write_text("\n")
+        for error, words, data, subset in ((ValueError, "wrong.txt 'dog' no images", "all", "wrong.txt"),
+                                           (ValueError, "empty.txt no class", "all", "empty.txt"),
+                                           (FileNotFoundError, "no file none.txt", "all", "none.txt")):
+            refuses(error, words, tokenizer.open_images, root / data, "train", root / subset)
+        refuses(ValueError, "shapes leave --subset out", tokenizer.open_images, "shapes", "train", root / "list.txt")
+        listed = (HERE / "assets" / "tiny-imagenet-20.txt").read_text().split()
+        assert len(set(listed)) == 20 and listed == sorted(listed)
+
+
+def test_a_picture_replaced_by_another_is_noticed():
+    """Also where name and size stay, in folders and zips; a copy of the folder with new times is the same set."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_images(root / "a", each=3)
+        before = tokenizer.open_images(root / "a").fingerprint
+        shutil.copytree(root / "a", root / "copy", copy_function=shutil.copyfile)
+        assert tokenizer.open_images(root / "copy").fingerprint == before
+        picture = root / "a" / tokenizer.open_images(root / "a").names[0]
+        picture.write_bytes(picture.read_bytes()[:-1] + b"!")
+        assert tokenizer.open_images(root / "a").fingerprint != before
+        assert tokenizer.open_images(pack(root / "a", root / "a.zip")).fingerprint != before
+        kept, tokenizer.LARGEST_FOLDER = tokenizer.LARGEST_FOLDER, 1  # too large to be read each time
+        try:
+            assert tokenizer.open_images(root / "a").fingerprint == tokenizer.open_images(root / "copy").fingerprint
+        finally:
+            tokenizer.LARGEST_FOLDER = kept
+
+
+def test_pictures_of_every_kind():
+    """EXIF orientation, 16-bit grey, GIF and TIFF; what could run a program or fill the memory stays closed."""
+    def decode(image, kind, **options):
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        return np.asarray(tokenizer.decode_image(file.getvalue(), "x"))
+
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8] = 255  # white on the left
+    lying = Image.Exif()
+    lying[0x0112] = 6  # to be turned by 90 degrees to the right: white on top
+    turned = decode(Image.fromarray(pixels), "JPEG", exif=lying, quality=95)
+    assert turned.shape == (16, 8, 3) and turned[:7].min() > 240 and turned[9:].max() < 15
+    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    for kind in ("PNG", "TIFF"):
+        assert np.array_equal(decode(Image.fromarray(deep), kind)[..., 0].ravel(), np.arange(256)), kind
+    for kind in ("GIF", "TIFF", "PNG", "BMP", "WEBP"):
+        assert decode(Image.fromarray(pixels), kind)[4, 2].min() > 240, kind
+    for name, data in (("empty", b""), ("bomb", b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + b"\0\1\0\0" * 2 + b"\1\0\0\0\0"),
+                       ("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")):
+        refuses(ValueError, f"{name} not a readable image", tokenizer.decode_image, data, name)
+    refuses(ValueError, "not a readable image", decode, Image.new("L", (2000, 9)), "PNG")  # a strip
+
+
+def test_zips_that_are_damaged_or_hostile():
+    """Every kind ends in a sentence that names file and entry, and --skip-corrupt leaves the entry out."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_images(root / "a", classes=2, each=6)
+        for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA):
+            whole = pack(root / "a", root / "a.zip", compression=compression).read_bytes()
+            images = tokenizer.open_images(root / "a.zip")
+            names = [info.filename for info in zipfile.ZipFile(root / "a.zip").infolist()]
+            entry = [i for i in range(len(whole)) if whole[i:i + 4] == b"PK\1\2"][names.index(images.names[0])]
+            data = zipfile.ZipFile(root / "a.zip").getinfo(images.names[0]).header_offset
+            for at, value, what in ((entry + 8, b"\1", "encrypted"), (entry + 10, b"\x63", "unknown method"),
+                                    (entry + 24, b"\0\0\0\xf0", "claims 4 GB"), (entry + 6, b"\xff", "unknown version"),
+                                    (data + 60, b"\xff\xff\xff", "data"), (data, b"XX", "header")):
+                (root / "bad.zip").write_bytes(whole[:at] + value + whole[at + len(value):])
+                try:
+                    bad = tokenizer.open_images(root / "bad.zip")
+                except ValueError as error:
+                    assert what == "unknown version" and "whole zip" in str(error)
+                    continue
+                refuses(ValueError, f"bad.zip damaged {images.names[0]}", bad.read, 0)
+                with contextlib.redirect_stderr(io.StringIO()):
+                    assert tokenizer.read_pixels(bad, [0, 1], np.asarray, True)[0] is None, what
+        with zipfile.ZipFile(root / "out.zip", "w") as archive:
+            for name in ("../up/1.png", "a/../../2.png", "/etc/3.png", "/etc/4.png"):
+                archive.write(next((root / "a").rglob("*.png")), name)
+        images = tokenizer.open_images(root / "out.zip")  # read in place: nothing is ever written
+        assert len(images) == 1 and images.classes == ["etc"] and images.read(0).size == (32, 32)
+        assert sorted(path.name for path in root.iterdir()) == ["a", "a.zip", "bad.zip", "out.zip"]
+
+
 def test_shapes_are_a_function_of_their_index():
     a, b = tokenizer.open_images("shapes"), tokenizer.open_images("shapes")
     assert len(a.classes) >= 10 and a.fingerprint == b.fingerprint
@@ -281,9 +458,106 @@ def test_cache_shards_resumes_and_refuses():
             os.environ.update(kept_environment)
         two = tokenizer.load_cache(folder / "two")
         assert np.array_equal(one.tokens, two.tokens) and np.array_equal(one.labels, two.labels)
-        assert sorted(path.name for path in (folder / "two").iterdir()) == ["labels.npy", "meta.json", "tokens.npy"]
+        assert sorted(path.name for path in (folder / "two").glob("[!.]*")) == ["labels.npy", "meta.json", "tokens.npy"]
         refuses(ValueError, "image_size 16 12", tokenizer.build_cache, folder / "two", images, vq, 12, (1.1,))
         refuses(ValueError, "18 multiple 4", tokenizer.build_cache, folder / "x", images, vq, 18, (1.1,))
+
+
+def test_cache_notices_every_change():
+    """Codes, labels, dtype, meta and parts: a damaged file is refused, a leftover is cleaned, a second encoder waits."""
+    _, root = workshop()
+    vq, images = tokenizer.load_tokenizer(root / "vq.pt"), tokenizer.open_images(root / "images", "val")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        cache = Path(folder, "cache")
+        meta = tokenizer.cache_meta(images, vq, 16, ())
+        parts = cache / f"parts-{tokenizer.digest(meta)}"
+        parts.mkdir(parents=True)
+        (parts / ".000000000.npz.99999999.tmp").write_bytes(b"of a killed process")
+        (parts / "000000000.npz").write_bytes(b"half")
+        refuses(ValueError, "000000000.npz damaged same command", tokenizer.build_cache, cache, images, vq, 16, ())
+        with tokenizer.locked(cache):
+            refuses(ValueError, "another process cache", tokenizer.build_cache, cache, images, vq, 16, ())
+        tokenizer.build_cache(cache, images, vq, 16, ())
+        assert not parts.exists() and tokenizer.load_cache(cache, meta).meta == meta
+        for name in ("tokens.npy", "labels.npy", "meta.json"):
+            whole = (cache / name).read_bytes()
+            for change in (whole[:-2], whole[:-1] + bytes([whole[-1] ^ 1]), whole[:20] + b"8" + whole[21:], b"", b"[1]"):
+                (cache / name).write_bytes(change)
+                refuses(ValueError, str(cache), tokenizer.load_cache, cache, meta)
+            (cache / name).write_bytes(whole)
+        tokens = np.load(cache / "tokens.npy")
+        for other in (tokens[::-1], tokens.astype(np.int64)):
+            np.save(cache / "tokens.npy", other)
+            refuses(ValueError, "damaged delete", tokenizer.load_cache, cache)
+
+
+def test_encoding_reads_ahead_in_bounded_pieces():
+    """The pieces change neither codes nor the batches of the encoder; a moved data folder keeps its cache."""
+    _, root = workshop()
+    vq, images = tokenizer.load_tokenizer(root / "vq.pt"), tokenizer.open_images(root / "images", "val")
+    sizes, encode, kept = [], vq.encode, (tokenizer.AT_A_TIME, tokenizer.READ_AHEAD)
+    vq.encode = lambda x: sizes.append(len(x)) or encode(x)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        folder, seen = Path(folder), []
+        tokenizer.AT_A_TIME = 12 * 16 ** 2  # 12 crops of 16 px
+        try:
+            for name, bound in (("one", kept[1]), ("two", 1)):  # all 4 images at once, 3 at a time
+                tokenizer.READ_AHEAD = bound
+                tokenizer.build_cache(folder / name, images, vq, 16, (1.1, 1.05))
+                seen.append(sizes[:])
+                sizes.clear()
+        finally:
+            tokenizer.AT_A_TIME, tokenizer.READ_AHEAD = kept
+        assert seen[0] == seen[1] == [12] * 6 + [8]  # 4 images x 20 crops
+        one, two = (tokenizer.load_cache(folder / name) for name in ("one", "two"))
+        assert np.array_equal(one.tokens, two.tokens)
+        shutil.copytree(root / "images", folder / "moved")
+        moved = tokenizer.open_images(folder / "moved", "val")
+        assert tokenizer.cache_meta(moved, vq, 16, (1.1, 1.05)) == one.meta
+    flags = torch.backends.cudnn
+    before, flags.allow_tf32 = flags.allow_tf32, True
+    vq.encode = lambda x: sizes.append(flags.allow_tf32) or encode(x)
+    tokenizer.encode_pixels(vq, torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
+    assert sizes == [False] and flags.allow_tf32 is True  # TF32 would move codes
+    flags.allow_tf32 = before
+
+
+def test_prepare_returns_what_it_settles():
+    """The caller's settings stay as they are; the caches hold all training and held-out images of the subset."""
+    _, root = workshop()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        (Path(folder) / "list.txt").write_text("class0\nclass2\n")
+        config = a_config(data=str(root / "images"), subset=f"{folder}/list.txt", tokenizer=str(root / "vq.pt"),
+                          cache=folder, name="x")
+        before, said = train.asdict(config), io.StringIO()
+        with contextlib.redirect_stdout(said):
+            found = tokenizer.prepare(config, torch.device("cpu"), torch.distributed.HashStore())
+        assert train.asdict(config) == before and (found.data, found.suffix) == (config.data, "")
+        assert found.subset == config.subset and found.train.tokens.shape == (22, 10, 16)
+        assert found.held_out.tokens.shape == (2, 1, 16) and found.train.meta["classes"] == ["class0", "class2"]
+        assert "22 training and 2 held-out images of 2 classes" in said.getvalue()
+
+
+def test_padding_and_psnr_by_hand():
+    """LlamaGen pads its strided convolutions right and below only; an error of a tenth of the range is 20 dB."""
+    down, x = tokenizer.Downsample(1), torch.arange(16.0).view(1, 1, 4, 4)
+    torch.nn.init.zeros_(down.conv.bias)
+    for row, column, expected in ((0, 0, [[0, 2], [8, 10]]), (2, 2, [[10, 0], [0, 0]])):
+        torch.nn.init.zeros_(down.conv.weight)
+        down.conv.weight.data[0, 0, row, column] = 1  # picks one pixel of each window
+        assert down(x)[0, 0].tolist() == expected
+
+    class Grey(torch.nn.Linear):
+        config = tokenizer.VQConfig(codebook_size=8)
+
+        def encode(self, x):
+            return torch.zeros(len(x), 4, dtype=torch.long)
+
+        def decode(self, codes):
+            return torch.full((len(codes), 3, 4, 4), -0.8)
+
+    quality = tokenizer.evaluate_tokenizer(Grey(1, 1), torch.zeros(5, 4, 4, 3, dtype=torch.uint8), batch=2)  # black: -1
+    assert abs(quality["psnr"] - 20) < 1e-4 and quality["usage"] == 1 / 8 and abs(quality["perplexity"] - 1) < 1e-6
 
 
 def test_corrupt_images_are_skipped_only_if_asked():
@@ -325,6 +599,55 @@ def test_write_file_keeps_the_old_on_failure():
         assert path.read_bytes() == b"old" and len(list(Path(folder).iterdir())) == 1
 
 
+def test_outputs_that_are_links_devices_or_leftovers():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "link").symlink_to(root / "there" / "x.pt")
+        for name in (".x.pt.99999999.tmp", f".x.pt.{os.getppid()}.tmp", "x.pt.9.tmp"):
+            (root / "there").mkdir(exist_ok=True)
+            (root / "there" / name).write_bytes(b"")
+        tokenizer.write_file(root / "link", lambda file: file.write(b"new"))
+        assert (root / "link").is_symlink() and (root / "there" / "x.pt").read_bytes() == b"new"
+        left = sorted(path.name for path in (root / "there").iterdir())  # only what a dead process left is gone
+        assert left == [f".x.pt.{os.getppid()}.tmp", "x.pt", "x.pt.9.tmp"]
+        os.mkfifo(root / "pipe")
+        for path in (root, root / "pipe", "/dev/null", root / "there" / "x.pt" / "y"):
+            refuses(OSError, "", tokenizer.check_output, path)
+            refuses(OSError, "", tokenizer.write_file, path, lambda file: file.write(b"new"))
+        assert (root / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+
+
+def test_tokenizer_command_line():
+    """Every mistake is one sentence, before the work; good commands say what they found and made."""
+    _, root = workshop()
+    train, encode = (["train", "--data", root / "images"], ["encode", "--data", root / "images", "--tokenizer", root / "vq.pt"])
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        small = ["--image-size", 16, "--out", out]
+        for flag, values in {"--image-size": (0, -4, 10 ** 30, "x", "nan", 2.5), "--steps": (0, -1, "1e400", ""),
+                             "--batch": (0, -8), "--codes": (1, -1, 10 ** 6), "--seed": (-1, 10 ** 400)}.items():
+            for value in values:
+                assert flag in refusal(tokenizer.main, *train, "--out", out, flag, value), (flag, value)
+        for flag, value, word in (("--crop-ratios", 0.5, "1"), ("--crop-ratios", "nan", "1"), ("--crop-ratios", "inf", "1"),
+                                  ("--split", "test", "test"), ("--tokenizer", out, "no tokenizer"),
+                                  ("--tokenizer", root / "images", "no tokenizer"), ("--image-size", 18, "no multiple"),
+                                  ("--device", "banana", "cpu, cuda"), ("--device", "cpu:0", "cpu, cuda"),
+                                  ("--device", "mps", "cpu, cuda"), ("--device", "cuda:99", "99"),
+                                  ("--steps", 5, "--steps"), ("--data", out, "does not exist"), ("--data", "/dev/null", ""),
+                                  ("--subset", out, "no file"), ("--out", root / "vq.pt", "vq.pt")):
+            assert word in refusal(tokenizer.main, *encode, *small, flag, value), (flag, value)
+        for flag, value, word in (("--out", folder, "folder"), ("--out", "/dev/null", "device"), ("--split", "val", "--split"),
+                                  ("--out", root / "vq.pt" / "x", "no folder")):
+            assert word in refusal(tokenizer.main, *train, *small, flag, value), (flag, value)
+        assert "command" in refusal(tokenizer.main) and not out.exists()
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+            tokenizer.main([*map(str, (*encode, *small))])
+            tokenizer.main([*map(str, (*train, *small[:2], "--steps", 2, "--batch", 2, "--out", Path(folder, "new.pt")))])
+        for words in ("44 training and 4 held-out images of 4 classes", "44 images x 10 views x 16 codes", "new.pt: PSNR"):
+            assert words in said.getvalue()
+
+
 # ---- model.py ----------------------------------------------------------------------------------------------
 
 def test_parameter_counts_are_llamagens():
@@ -340,6 +663,18 @@ def test_first_loss_is_ln_v():
     tokens, classes = some_tokens(count=16, vocab=37)
     loss = losses.ar_loss(net(tokens[:, :-1], classes).logits, tokens)
     assert abs(loss.item() - math.log(37)) < 1e-5
+
+
+def test_golden_numbers():
+    """Logits for weights that are sines, once compared with LlamaGen's own code (gpt.py): identical."""
+    net = model.Transformer(model.ModelConfig(2, 2, 32, vocab_size=11, num_classes=5, num_tokens=16)).eval()
+    for i, (name, p) in enumerate(sorted(net.named_parameters())):
+        p.data = (torch.arange(p.numel(), dtype=torch.float64) * (i + 1.7)).sin().float().view_as(p) * 0.3
+    tokens = torch.arange(15)[None] * 7 % 11
+    logits = net(tokens, torch.tensor([3])).logits[0]
+    golden = torch.tensor([[0.10951, 0.07414, -0.13105], [0.01360, 0.01328, -0.01746],
+                           [0.02300, 0.03490, -0.03314], [-0.00973, 0.06617, -0.00949]])
+    assert torch.allclose(logits[[0, 1, 7, 15]][:, [0, 5, 10]], golden, atol=2e-5)
 
 
 def test_causality():
@@ -383,7 +718,7 @@ def test_explicit_attention_equals_fused():
 
 
 def test_attention_against_the_formula():
-    """One layer by hand: complex rotation by 2D positions, zero class query and key, softmax(Q K^T / sqrt(D)) V."""
+    """One layer by hand: complex rotation by 2D positions, zero class query and key, attention's formula."""
     net, (tokens, classes) = tiny_model(), some_tokens(batch=1)
     x = torch.cat([net.cls_embedding["embedding_table"](classes)[:, None], net.tok_embeddings(tokens)], 1)
     layer = net.layers[0]
@@ -411,7 +746,8 @@ def test_attention_against_the_formula():
 def test_cached_equals_uncached():
     net, (tokens, classes) = tiny_model(), some_tokens()
     whole, cache = net(tokens, classes).logits, net.new_cache(3)
-    parts = [net(tokens[:, :n], classes, cache=cache).logits for n in (0, 1, 2, 5, 6, 15)]  # steps of 1, 3 and 9 too
+    lengths = (0, 1, 2, 5, 6, 15)  # steps of 1, 3 and 9
+    parts = [net(tokens[:, :n], classes, cache=cache).logits for n in lengths]
     assert [part.shape[1] for part in parts] == [1, 1, 1, 3, 1, 9]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
@@ -434,12 +770,14 @@ def test_checkpoints_of_both_kinds():
         torch.save(ours, path)
         again, rest = model.load_model(path)
         assert torch.equal(again(tokens, classes).logits, net(tokens, classes).logits) and rest["step"] == 3
-        assert not torch.equal(model.load_model(path, ema=True)[0](tokens, classes).logits, net(tokens, classes).logits)
+        teacher, _ = model.load_model(path, ema=True)
+        assert not torch.equal(teacher(tokens, classes).logits, net(tokens, classes).logits)
 
         model.SIZES["test"] = (3, 2, 32)  # LlamaGen's files do not say how many heads there are
         try:
             state = net.state_dict()
-            for content in (state, {"model": state, "args": argparse.Namespace(image_size=64, downsample_size=16)},
+            arguments = argparse.Namespace(image_size=64, downsample_size=16)
+            for content in (state, {"model": state, "args": arguments},
                             {"model": state | {"freqs_cis": torch.zeros(17, 8, 2)}, "steps": 7}):
                 torch.save(content, path)
                 again, _ = model.load_model(path, image_size=64)
@@ -451,8 +789,8 @@ def test_checkpoints_of_both_kinds():
             del model.SIZES["test"]
         torch.save(state, path)
         refuses(ValueError, "3 layers width 32", model.load_model, path)
-        torch.save({"model": {"tok_embeddings.weight": torch.zeros(1), "cls_embedding.uncond_embedding": torch.zeros(1)}},
-                   path)
+        names = ("tok_embeddings.weight", "cls_embedding.uncond_embedding")
+        torch.save({"model": {name: torch.zeros(1) for name in names}}, path)
         refuses(ValueError, "text-conditional", model.load_model, path)
         torch.save({"model": {"quantize.embedding.weight": torch.zeros(1)}}, path)
         refuses(ValueError, "a VQ tokenizer", model.load_model, path)
@@ -462,6 +800,20 @@ def test_checkpoints_of_both_kinds():
 
 
 # ---- losses.py ---------------------------------------------------------------------------------------------
+
+def test_the_equation_map_is_true():
+    """Each line of the table in losses.py names a function whose own text names the equation or figure."""
+    scripts = {"losses": losses, "model": model, "train": train}
+    lines = re.findall(r"^    (Eq\. \d|Fig\. \d) +(\S+) +(.*)$", losses.__doc__, re.M)
+    assert [what for what, *_ in lines] == [f"Eq. {n}" for n in range(2, 9)] + ["Fig. 3"]
+    for what, name, rest in lines:
+        for path in (name, *re.findall(r"(?:losses|model|train)\.[\w.]+", rest)):
+            script, *attributes = path.split(".")
+            found = scripts[script]
+            for attribute in attributes:
+                found = getattr(found, attribute)
+            assert path != name or what.startswith("Fig") or what in inspect.getsource(found), (what, path)
+
 
 def test_key_masks():
     mask = losses.sample_key_mask(50, 64, 0.25, torch.Generator().manual_seed(0))
@@ -497,10 +849,21 @@ def nce_by_hand(anchor, targets, positive, temperature):
 def test_info_nce_is_the_double_loop():
     torch.manual_seed(0)
     a, t = torch.randn(3, 4, 6), torch.randn(3, 12, 6)
-    loss, accuracy = losses.info_nce(a, t, 0.3, offset=4)
+    loss, accuracy = losses.info_nce(a, t, 0.3, own_start=4)
     expected = np.mean([nce_by_hand(a[s, b], t[s], 4 + b, 0.3) for s in range(3) for b in range(4)])
     assert abs(loss.item() - expected) < 1e-5 and 0 <= accuracy <= 1
     assert losses.info_nce(t, t, 0.1)[1] == 1
+
+
+def test_losses_are_float32_under_autocast():
+    """Targets of mean cosine .99 are told apart; products in bfloat16 made most of them ties."""
+    torch.manual_seed(0)
+    targets = torch.randn(1, 1, 96) + 0.1 * torch.randn(2, 24, 96)
+    anchors = targets + 1e-3 * torch.randn_like(targets)
+    plain = losses.info_nce(anchors, targets, 0.2), losses.mim_loss(anchors, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = losses.info_nce(anchors, targets, 0.2), losses.mim_loss(anchors, targets)
+    assert same(plain, mixed) and plain[0][1] == 1
 
 
 def test_step_and_view_losses_are_equations_6_and_7():
@@ -518,7 +881,8 @@ def test_step_and_view_losses_are_equations_6_and_7():
 
 
 def test_total_loss():
-    terms = {name: torch.tensor(value) for name, value in (("ar", 1.0), ("mim", 10.0), ("step", 100.0), ("view", 300.0))}
+    values = {"ar": 1.0, "mim": 10.0, "step": 100.0, "view": 300.0}
+    terms = {name: torch.tensor(value) for name, value in values.items()}
     assert losses.total_loss(terms, 0.5, 0.1) == 1 + 5 + 20
     assert losses.total_loss({"ar": terms["ar"], "view": terms["view"]}, 0.5, 0.1) == 1 + 15  # the /2 stays
 
@@ -540,7 +904,8 @@ def test_ema_and_no_gradient_for_the_teacher():
 # ---- train.py ----------------------------------------------------------------------------------------------
 
 def a_config(**changes):
-    return train.Config(**dict(model="nano", depth=2, batch=8, data="images", device="cpu", image_size=16) | changes)
+    settings = dict(model="nano", depth=2, batch=8, data="images", device="cpu", image_size=16)
+    return train.Config(**settings | changes)
 
 
 def a_cache(images=20, views=10, tokens=16):
@@ -577,44 +942,52 @@ def test_an_epoch_visits_each_image_once_with_different_views():
         assert len(set(seen)) == 15 and 3 not in seen
 
 
-def a_student(config, seed=0):
-    net = tiny_model(seed, n_layer=4, dim=96, n_head=3, num_classes=4).train()
-    return train.Student(net, config.depth, "step" in config.losses or "view" in config.losses)
+def an_objective(config, rank=0, **changes):
+    """A student of 4 layers, its projector, and a teacher that is not its copy."""
+    changes = dict(n_layer=4, dim=96, n_head=3, num_classes=4) | changes
+    objective = train.Objective(config, tiny_model(**changes).train(), rank)
+    objective.teacher.load_state_dict(tiny_model(5, **changes).state_dict())
+    return objective
+
+
+ALL_LOSSES = ("ar", "ar+mim", "ar+step", "ar+view", "ar+mim+step", "ar+step+view", "ar+mim+step+view")
 
 
 def test_which_loss_runs_what():
     """An AR run has no teacher forward and no mask; masking is on exactly when L_MIM is."""
     batch = train.draw_batch(a_config(), a_cache(), 0, 0, 1)
-    for on in ("ar", "ar+mim", "ar+step", "ar+step+view", "ar+mim+step+view"):
+    for on in ALL_LOSSES:
         config, masks, teacher_calls = a_config(losses=on), [], []
-        student, teacher = a_student(config), tiny_model(5, n_layer=4, dim=96, n_head=3, num_classes=4)
-        student.model.register_forward_pre_hook(
+        objective = an_objective(config)
+        objective.student.register_forward_pre_hook(
             lambda module, args, kwargs: masks.append(kwargs["key_mask"]), with_kwargs=True)
-        teacher.register_forward_hook(lambda module, args, kwargs, out: teacher_calls.append(kwargs), with_kwargs=True)
-        log = train.compute_losses(student, teacher, batch, config, 0)
+        objective.teacher.register_forward_hook(
+            lambda module, args, kwargs, out: teacher_calls.append(kwargs), with_kwargs=True)
+        log = objective(*batch)
         assert (masks[0] is not None) == ("mim" in on) and len(teacher_calls) == (on != "ar")
         assert all(call["head"] is False and "key_mask" not in call for call in teacher_calls)
-        assert {name for name in log if name.startswith("loss_")} == {f"loss_{name}" for name in on.split("+")}
+        assert [name for name in log if name.startswith("loss_")] == [f"loss_{name}" for name in config.terms]
         log["loss"].backward()
-        assert all(p.grad is None for p in teacher.parameters())
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
+        assert all(p.grad is None for p in objective.teacher.parameters())
+        trained = [*objective.student.parameters(), *objective.projector.parameters()]
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
 
 
 def test_losses_of_a_batch_by_hand():
-    """compute_losses pairs views, positions and images as Eqs. 4, 6 and 7 say."""
+    """An Objective pairs views, positions and images as Eqs. 4, 6 and 7 say."""
     config = a_config(temperature=0.5)
-    batch, student = train.draw_batch(config, a_cache(), 0, 0, 1), a_student(config)
-    teacher = tiny_model(5, n_layer=4, dim=96, n_head=3, num_classes=4)
-    log = train.compute_losses(student, teacher, batch, config, 0)
+    batch, objective = train.draw_batch(config, a_cache(), 0, 0, 1), an_objective(config)
+    log = objective(*batch)
     z, h, mim = {}, {}, []
     for b in range(8):
         for m in range(2):
             tokens, c = batch.tokens[b:b + 1, m, :-1], batch.classes[b:b + 1]
-            s = student.model(tokens, c, key_mask=batch.key_mask[2 * b + m][None], layers=(2, 4)).hidden
-            t = teacher(tokens, c, layers=(2, 4)).hidden
+            mask = batch.key_mask[2 * b + m][None]
+            s = objective.student(tokens, c, key_mask=mask, layers=(2, 4)).hidden
+            t = objective.teacher(tokens, c, layers=(2, 4)).hidden
             mim.append(losses.mim_loss(s[4], t[4]).item())
             for k in batch.positions.tolist():
-                z[b, m, k], h[b, m, k] = student.projector(s[2][0, k]), t[2][0, k]
+                z[b, m, k], h[b, m, k] = objective.projector(s[2][0, k]), t[2][0, k]
     K = batch.positions.tolist()
     step = np.mean([nce_by_hand(z[b, m, i], [h[other, m, j] for other in range(8)], b, 0.5)
                     for b in range(8) for m in range(2) for i in K for j in K if i != j])
@@ -626,13 +999,106 @@ def test_losses_of_a_batch_by_hand():
     assert abs(log["loss"].item() - expected) < 1e-4
 
 
+def test_networks_and_losses_are_one_graph():
+    """fullgraph refuses whatever torch.compile would break the graph at, and so store the logits for."""
+    for on in ("ar", "ar+mim", "ar+view", "ar+mim+step+view"):
+        config = a_config(losses=on)
+        batch, objective = train.draw_batch(config, a_cache(), 0, 0, 1), an_objective(config, n_layer=2)
+        torch._dynamo.reset()
+        graph = torch.compile(objective, backend="eager", fullgraph=True)
+        assert same(graph(*batch), objective(*batch)), on
+
+
+def test_a_step_on_a_device_without_data():
+    """A tensor of the host or a shape that depends on data would stall a GPU; on meta tensors it fails."""
+    for on in ALL_LOSSES:
+        config = a_config(losses=on)
+        batch = [x.to("meta") for x in train.draw_batch(config, a_cache(), 0, 0, 1)]
+        objective = an_objective(config).to("meta")
+        log = objective(*batch)
+        log["loss"].backward()
+        losses.update_ema(objective.teacher, objective.student, 0.9)
+        assert all(value.shape == () and value.is_meta for value in log.values())
+
+
+def a_run(config, objective, steps=4):
+    cpu = torch.device("cpu")
+    optimizer = train.make_optimizer(objective, config)
+    return train.Run(config, 0, 1, cpu, False, None, a_cache(), a_cache(), objective, optimizer, 0, steps)
+
+
+def test_an_optimizer_step_by_hand():
+    """Two steps from the draw to the EMA: clipping, AdamW's formula, decay of matrices alone, the teacher."""
+    config = a_config(clip=0.05, weight_decay=0.3, base_lr=0.32, warmup=3, ema=0.9)
+    objective, twin = an_objective(config), an_objective(config)
+    run = a_run(config, objective)
+    trained = [*twin.student.parameters(), *twin.projector.parameters()]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in trained]
+    for step, batch in enumerate(train.batches(run)):
+        assert same(list(batch), list(train.draw_batch(config, run.cache, step, 0, 1)))
+        log = train.train_step(run, objective, batch, step)
+        gradients = torch.autograd.grad(twin(*batch)["loss"], trained)
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        assert norm > config.clip and abs(log["grad_norm"] / norm - 1) < 1e-4
+        rate = 0.01 * (step + 1) / 3 * (0.05 + 0.95 * (1 + math.cos(math.pi * step / 4)) / 2)
+        for p, g, (m, v) in zip(trained, gradients, moments):
+            g = g * config.clip / norm
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.95).add_(0.05 * g ** 2)
+            m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.95 ** (step + 1))
+            decay = 0.3 * (p.ndim > 1)
+            p.data -= rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * p.data)
+        keep = 1 - 0.1 * (1 + math.cos(math.pi * step / 4)) / 2
+        for old, new in zip(twin.teacher.parameters(), twin.student.parameters()):
+            old.data = keep * old + (1 - keep) * new
+        if step == 1:
+            break
+    start = an_objective(config).state_dict()
+    for name, value in objective.state_dict().items():
+        off, moved = (value - twin.state_dict()[name]).norm(), (value - start[name]).norm()
+        assert off <= 1e-3 * moved, (name, off, moved)
+
+
+def test_dropout_is_new_in_every_step_and_never_the_teachers():
+    config = a_config(base_lr=1e-12, weight_decay=0.0, ema=1.0)
+    objective = an_objective(config, dropout=0.5)
+    run, batch = a_run(config, objective), train.draw_batch(config, a_cache(), 0, 0, 1)
+    first, second, again = (train.train_step(run, objective, batch, step)["loss_ar"] for step in (0, 1, 0))
+    assert abs(first - again) < 1e-4 < abs(first - second)
+    assert train.validation_loss(run) == train.validation_loss(run)  # no dropout in there
+    assert all(module.training for module in objective.student.modules())  # and back to it afterwards
+    assert not any(module.training for module in objective.teacher.modules())
+
+
+def test_images_of_all_processes_in_rank_order():
+    """Two processes played by a stand-in: rank 1 sends what rank 0 has, plus 10."""
+    class Both:
+        is_initialized, get_world_size = (lambda: True), (lambda: 2)
+
+        def all_gather(parts, x):
+            for rank, part in enumerate(parts):
+                part.copy_(x + 10 * rank)
+
+    kept, losses.dist = losses.dist, Both
+    try:
+        x = torch.arange(6.0).view(1, 2, 3).mT  # not contiguous
+        assert losses.gather_images(x, dim=2).tolist() == [[[0, 3, 10, 13], [1, 4, 11, 14], [2, 5, 12, 15]]]
+    finally:
+        losses.dist = kept
+
+
 def test_schedules():
-    config = a_config(base_lr=1e-3, batch=512, warmup=10)
-    assert abs(train.learning_rate(config, 9, 100) - 2e-3 * (0.05 + 0.95 * (1 + math.cos(math.pi * 0.09)) / 2)) < 1e-9
-    assert abs(train.learning_rate(config, 0, 100) - 2e-4) < 1e-9 and train.learning_rate(config, 99, 100) < 1.1e-4
-    assert train.learning_rate(a_config(schedule="constant", base_lr=1e-4, batch=256, warmup=0), 77, 100) == 1e-4
-    assert train.ema_decay(a_config(ema=0.9999, ema_ramp=False), 50, 100) == 0.9999
-    assert train.ema_decay(a_config(ema=0.9), 0, 100) == 0.9 and train.ema_decay(a_config(ema=0.9), 100, 100) == 1
+    def rate(step, **changes):
+        return train.learning_rate(a_config(**dict(base_lr=1e-3, batch=512, warmup=10) | changes), step, 100)
+
+    def decay(step, **changes):
+        return train.ema_decay(a_config(**changes), step, 100)
+
+    assert abs(rate(9) - 2e-3 * (0.05 + 0.95 * (1 + math.cos(math.pi * 0.09)) / 2)) < 1e-9
+    assert abs(rate(0) - 2e-4) < 1e-9 and rate(99) < 1.1e-4
+    assert rate(77, schedule="constant", base_lr=1e-4, batch=256, warmup=0) == 1e-4
+    assert decay(50, ema=0.9999, ema_ramp=False) == 0.9999
+    assert decay(0, ema=0.9) == 0.9 and decay(100, ema=0.9) == 1
 
 
 def test_impossible_settings_get_one_sentence():
@@ -642,30 +1108,63 @@ def test_impossible_settings_get_one_sentence():
     check()
     for words, changes in {
         "write ar": dict(losses="mim"), "write ar,": dict(losses="ar+moco"), "layers 1 ... 4": dict(depth=5),
-        "10 crops": dict(views=11), "view loss compares at least 2": dict(views=1), "at least 2 --positions": dict(positions=1),
-        "multiple of 3 process(es)": dict(world=3), "2 images": dict(batch=1), "no CUDA": dict(device="cuda"),
-        "--clip positive": dict(clip=0.0), "--ema": dict(ema=1.5), "--crop-ratios": dict(crop_ratios=(0.9,)),
-        "vq_ds16_c2i.pt": dict(image_size=256),
+        "10 crops": dict(views=11), "view loss compares at least 2": dict(views=1),
+        "at least 2 --positions": dict(positions=1), "multiple of 3 process(es)": dict(world=3),
+        "2 images": dict(batch=1), "vq_ds16_c2i.pt": dict(image_size=256),
     }.items():
-        if "no CUDA" in words and torch.cuda.is_available():
-            continue
         refuses(ValueError, words, check, **changes)
     for changes, words in ((dict(positions=16), "K = 16"), (dict(mask_ratio=1.0), "mask ratio")):
         refuses(ValueError, words, train.draw_batch, a_config(**changes), a_cache(), 0, 0, 1)
+    refuses(ValueError, "--positions 16 15 behind", train.check_data, a_config(positions=16), a_cache(), {})
+    refuses(ValueError, "19 images fewer", train.check_data, a_config(batch=20), a_cache(), {})
 
 
 def test_flags_come_from_the_config():
-    config, given, resume = train.parse_arguments("--preset nano --lr-typo 1".split()[:2] + ["--no-ema-ramp", "--resume"])
-    assert config.model == "nano" and config.ema_ramp is False and resume and given == {"ema_ramp": False}
+    config, given, resume = train.parse_arguments(["--preset", "nano", "--no-ema-ramp", "--resume"])
+    assert config.model == "nano" and config.ema_ramp is False and resume
+    assert given == {"preset": "nano", "ema_ramp": False}
     assert train.parse_arguments(["--preset", "B", "--losses", "ar"])[0].name == "B-ar"
     assert train.parse_arguments(["--preset", "B"])[0].crop_ratios == (1.1, 1.05)
-    for name in train.PRESETS:
-        config, *_ = train.parse_arguments(["--preset", name, "--data", "images", "--tokenizer", "vq.pt"])
-        train.check_config(config, 1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for name in train.PRESETS:
+            config, *_ = train.parse_arguments(["--preset", name, "--data", "images", "--tokenizer", "vq.pt"])
+            train.check_config(config, 1)
+            for key, (low, high) in train.RANGES.items():  # whatever a preset sets could also be written
+                values = np.array(getattr(config, key))
+                assert (low <= values).all() and (values <= high).all(), (name, key)
+    numbers = {field.name for field in train.fields(train.Config) if field.type not in (str, bool)}
+    assert numbers == train.RANGES.keys()
+
+
+def test_every_number_has_its_range():
+    """nan, infinity, words and what lies outside are refused in one line by every flag for a number."""
+    parser = argparse.ArgumentParser()
+    for field in train.fields(train.Config):
+        train.add_flag(parser, field, "")
+
+    def refused(flag, text):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                parser.parse_args([f"{flag}={text}"])
+            except SystemExit:
+                return said.getvalue().splitlines()[-1]
+        raise AssertionError(f"{flag}={text} is accepted")
+
+    for name, (low, high) in train.RANGES.items():
+        flag, whole = "--" + name.replace("_", "-"), train.Config.__annotations__[name] is int
+        outside = [low - 1] + [high + 1] * (high < math.inf) + ["1.5"] * whole
+        for text in ["nan", "inf", "-inf", "many", "", *outside]:
+            assert f"argument {flag}: {text} is not a" in refused(flag, text), (flag, text)
+    assert "invalid choice" in refused("--preset", "huge") and "invalid choice" in refused("--model", "M")
+    with contextlib.redirect_stdout(io.StringIO()):
+        for name in ("..", ".", "a/b", "/tmp/x", "a\nb", "-x", "a" * 101, ".lock"):
+            refuses(ValueError, "--name folder", train.parse_arguments, ["--preset=nano", f"--name={name}"])
+        for device in ("banana", "mps", "cpu:0", "cuda:x", "cuda:77"):
+            refuses(ValueError, "--device", train.parse_arguments, ["--preset=nano", f"--device={device}"])
 
 
 def test_two_processes_equal_one():
-    """Losses to 1e-5; gradients of model and projector, read off AdamW's first moment after one step, to 1e-5 of
+    """Losses to 1e-5; gradients of model and projector, read off AdamW's first moment, to 1e-5 of
     their norm. The first moment is 0.1 times the clipped gradient."""
     runs = [run_train("dp1", "--steps", 1), run_train("dp2", "--steps", 1, processes=2)]
     assert all(run.returncode == 0 for run in runs), runs[-1].stderr[-3000:]
@@ -699,7 +1198,7 @@ def wait_for_step(name, step, process):
 
 
 def test_killed_and_resumed_is_bit_identical():
-    """kill -9 in the middle of a run with dropout, then --resume: every tensor as in the uninterrupted run."""
+    """kill -9 in the middle of a run with dropout, then --resume: every tensor as in the undisturbed run."""
     settings = ["--steps", 12, "--save-every", 3, "--dropout", 0.1]
     whole = run_train("whole", *settings)
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -721,6 +1220,78 @@ def test_killed_and_resumed_is_bit_identical():
         assert all(word in refused.stderr for word in words.split()), refused.stderr
     nothing = run_train("never", "--resume")
     assert nothing.returncode == 1 and "nothing to resume" in nothing.stderr and "whole" in nothing.stderr
+
+
+def train_here(name, *args):
+    """train.py's main in this process, in the workshop; returns what it printed."""
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    place, said = os.getcwd(), io.StringIO()
+    try:
+        os.chdir(workshop()[1])
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+            settings = [] if "--resume" in args else SMALL  # a resumed run has its own
+            train.main([*settings, "--name", name, *map(str, args)])
+    finally:
+        os.chdir(place)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+    return said.getvalue()
+
+
+def test_divergence_stops_before_it_is_saved():
+    """The first step moves the weights to 1e29; the checkpoint stays the one from before."""
+    settings = ["--steps", 8, "--base-lr", 1e30, "--samples", 0]
+    for name, log_every in (("diverged", 8), ("diverged-early", 2)):
+        words = f"loss of step 2 not finite {name}"
+        refuses(ValueError, words, train_here, name, *settings, "--log-every", log_every)
+        assert checkpoint(name)["step"] == 0 and metrics(name) == []
+    path = workshop()[1] / "runs" / "diverged" / "checkpoint.pt"
+    content = checkpoint("diverged")
+    content["model"]["norm.weight"][3] = math.nan
+    torch.save(content, path)
+    refuses(ValueError, "checkpoint.pt norm.weight nan", model.load_model, path)
+    refuses(ValueError, "checkpoint.pt norm.weight nan", train_here, "diverged", "--resume")
+
+
+def test_a_damaged_run_says_how_to_go_on():
+    """Every file of a run changed, one at a time: one sentence, and nothing is trained or overwritten."""
+    train_here("kept", "--steps", 4, "--save-every", 2, "--samples", 0)
+    folder, good = workshop()[1] / "runs" / "kept", checkpoint("kept")
+    whole = (folder / "checkpoint.pt").read_bytes()
+    weights = whole.index(good["model"]["output.weight"].numpy().tobytes())
+    flipped = whole[:weights] + bytes([whole[weights] ^ 1]) + whole[weights + 1:]
+    vq = tokenizer.VQModel(tokenizer.load_tokenizer(folder / "tokenizer.pt").config)
+    without_step = {key: value for key, value in good.items() if key != "step"}
+    later = good | {"config": good["config"] | {"warp": 9}}
+
+    def saved(content):
+        return lambda file: torch.save(content, file)
+
+    for words, name, write in (
+        ("damaged rename previous.pt", "checkpoint.pt", lambda file: file.write(flipped)),
+        ("damaged rename previous.pt", "checkpoint.pt", lambda file: file.write(whole[:1000])),
+        ("lacks step rename previous.pt", "checkpoint.pt", saved(without_step)),
+        ("another version", "checkpoint.pt", saved(later)),
+        ("no checkpoint rename previous.pt", "checkpoint.pt", None),
+        ("tokenizer.pt damaged", "tokenizer.pt", lambda file: file.write(b"PK")),
+        ("tokenizer.pt is not the tokenizer", "tokenizer.pt",
+         saved({"model": vq.state_dict(), "vq_config": vars(vq.config)})),
+        ("metrics.jsonl damaged delete 'rubbish'", "metrics.jsonl", lambda file: file.write(b"rubbish\n")),
+    ):
+        kept = (folder / name).read_bytes()
+        tokenizer.write_file(folder / name, write) if write else (folder / name).unlink()
+        there = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+        refuses((ValueError, OSError), words, train_here, "kept", "--resume")
+        assert there == {path.name: path.read_bytes() for path in folder.glob("*.*")}, words
+        (folder / name).write_bytes(kept)
+    for words, args in (("exists --resume", []), ("preset tiny", ["--resume", "--preset", "tiny"])):
+        refuses(ValueError, words, train_here, "kept", *args)
+    with tokenizer.locked(folder):
+        refuses(ValueError, "another process", train_here, "kept", "--resume")
+    os.replace(folder / "previous.pt", folder / "checkpoint.pt")  # as the sentence says
+    assert checkpoint("kept")["step"] == 2
+    assert "Done" in train_here("kept", "--resume")
+    assert all(same(checkpoint("kept")[key], good[key]) for key in ("model", "ema", "projector", "optimizer"))
 
 
 def test_ctrl_c_saves_and_says_how_to_resume():
@@ -920,17 +1491,16 @@ def test_probe_script():
 
 # ---- fid.py ------------------------------------------------------------------------------------------------
 
-def _raises(error, call, *args, **kwargs):
-    try:
-        call(*args, **kwargs)
-    except error as caught:
-        assert "\n" not in str(caught)
-        return str(caught)
-    raise AssertionError(f"{call.__name__} did not refuse")
-
-
-def _statistics(x):
+def gaussian(x):
     return x.mean(0), np.cov(x, rowvar=False)
+
+
+def score(*arguments):
+    """What fid.py prints in the workshop, its progress bars swallowed."""
+    root, out = workshop()[1], io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        fid.main([*map(str, arguments), "--cache", f"{root}/cache", "--device", "cpu"])
+    return out.getvalue()
 
 
 def test_fid_frechet_closed_forms():
@@ -943,7 +1513,7 @@ def test_fid_frechet_closed_forms():
     assert abs(got - closed) < 1e-6, (got, closed)
     for n in (30, 41, 400):  # fewer samples than features, as many, more
         x, y = rng.standard_normal((n, 40)) * a, rng.standard_normal((n + 5, 40)) @ Q * b + 0.3
-        (mu1, s1), (mu2, s2) = _statistics(x), _statistics(y)
+        (mu1, s1), (mu2, s2) = gaussian(x), gaussian(y)
         ridge = 1e-12 * np.eye(40)
         root = scipy.linalg.sqrtm((s1 + ridge) @ (s2 + ridge)).real
         oracle = np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * root)
@@ -951,8 +1521,8 @@ def test_fid_frechet_closed_forms():
         assert abs(got - oracle) < 1e-4 * oracle, (n, got, oracle)
         assert abs(fid.frechet_distance(mu1, s1, mu1, s1)) < 1e-6
         assert abs(fid.frechet_distance(mu2, s2, mu1, s1) - got) < 1e-8
-    _raises(ValueError, fid.frechet_distance, mu1, s1, mu2[1:], s2[1:, 1:])
-    _raises(ValueError, fid.frechet_distance, mu1, s1 - 9 * np.eye(40), mu2, s2)
+    refuses(ValueError, "40 39 features", fid.frechet_distance, mu1, s1, mu2[1:], s2[1:, 1:])
+    refuses(ValueError, "negative eigenvalues", fid.frechet_distance, mu1, s1 - 9 * np.eye(40), mu2, s2)
 
 
 def test_fid_moments_and_inception_score():
@@ -962,7 +1532,7 @@ def test_fid_moments_and_inception_score():
         moments = fid.Moments()
         for part in torch.from_numpy(x).split(batch):
             moments.add(part)
-        for got, oracle in zip(moments.result(), _statistics(x)):
+        for got, oracle in zip(moments.result(), gaussian(x)):
             assert np.allclose(got, oracle, rtol=1e-9, atol=1e-9)
     assert abs(fid.inception_score(np.eye(4)) - 4) < 1e-12  # certain and diverse: the number of classes
     assert abs(fid.inception_score(np.full((6, 4), 0.25)) - 1) < 1e-12
@@ -989,7 +1559,7 @@ def test_fid_precision_recall_brute_force():
             assert np.allclose(fid.precision_recall(real, fake, k, block), brute(real, fake, k)), (k, block)
     x = rng.standard_normal((20, 600)).astype(np.float32).repeat(5, 0)  # each image five times: radii of zero
     assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 100) == (0, 0)
-    _raises(ValueError, fid.precision_recall, x[:3], x)
+    refuses(ValueError, "more than 3 images", fid.precision_recall, x[:3], x)
 
 
 def test_fid_resize_adm():
@@ -1009,41 +1579,78 @@ def test_fid_resize_adm():
         assert got.shape == (2, 3, size, size) and (got[1, 2].numpy() == out).all()
 
 
-def _random_inception(path, counters=True):
-    torch.manual_seed(0)
-    state = {name: value for name, value in fid.InceptionV3().state_dict().items()
-             if counters or not name.endswith("num_batches_tracked")}
-    torch.save(state, path)
+@lru_cache(maxsize=1)
+def inception_weights():
+    """Weights drawn from bytes, which every numpy draws alike; variances near .01 make epsilon count."""
+    draw, state = np.random.RandomState(0), {}
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in sorted(fid.InceptionV3().state_dict().items())}
+    for name, shape in shapes.items():
+        if name.endswith("num_batches_tracked"):  # as in files from before torch 0.4.1
+            continue
+        x = torch.frombuffer(bytearray(draw.bytes(math.prod(shape))), dtype=torch.uint8).view(shape) / 255
+        if name.endswith("running_var"):
+            x = 0.01 * (0.5 + x)
+        elif name.endswith("running_mean"):
+            x = 0.02 * (x - 0.5)
+        elif name.endswith("bn.weight"):
+            x = 0.5 + x
+        elif len(shape) > 1:
+            x = (x - 0.5) / 2 / math.sqrt(math.prod(shape[1:]))
+        else:
+            x = x - 0.5
+        state[name] = x
     return state
 
 
-def test_fid_inception_weights():
-    """The published layout is loaded strictly, with and without counters; wrong and truncated files are named."""
+# mean and deviation of pool3, its mean over Mixed_7c's pooled branch, the mean of the spatial features, the
+# largest probability: of the image below, computed once with pytorch-fid's network on the same weights
+PYTORCH_FID = {"adm": [2.279501, 3.242745, 2.948242, 1.953332, 0.004958],
+               "pytorch-fid": [2.280985, 3.244854, 2.949859, 1.954922, 0.004963]}
+
+
+def test_fid_inception_is_pytorch_fids():
+    """Golden numbers: see padding in the averages, no max pool in Mixed_7c, another epsilon or range."""
+    noise = np.frombuffer(np.random.RandomState(1).bytes(299 * 299 * 3), np.uint8).reshape(1, 299, 299, 3)
+    pixels = noise // 4 + np.linspace(0, 190, 299).astype(np.uint8)[:, None, None]  # 299 px: not resized
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "weights.pth")
-        state = _random_inception(path, counters=False)
-        assert len(state) == 472 and len(fid.InceptionV3().state_dict()) == 566
-        layout = tokenizer.digest([[name, list(v.shape)] for name, v in sorted(fid.InceptionV3().state_dict().items())])
+        torch.save(inception_weights(), f"{folder}/weights.pth")
+        network, _ = fid.load_inception(f"{folder}/weights.pth", folder)
+    for resize, golden in PYTORCH_FID.items():
+        found = fid.inception_extractor(network, resize)(pixels)
+        got = [found.pool.mean(), found.pool.std(), found.pool[:, -192:].mean(), found.spatial.mean(),
+               found.probabilities.max()]
+        assert np.allclose(got, golden, rtol=1e-4, atol=0), (resize, got)
+
+
+def test_fid_inception_weights():
+    """The published layout is loaded strictly, with and without counters; other files are named."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, state = Path(folder, "weights.pth"), inception_weights()
+        torch.save(state, path)
+        network, _ = fid.load_inception(path, folder)
+        whole = network.state_dict()
+        assert len(state) == 472 and len(whole) == 566
+        layout = tokenizer.digest([[name, list(value.shape)] for name, value in sorted(whole.items())])
         assert layout == "98efe1f44183bf67"  # names and shapes of pytorch-fid's fid_inception_v3()
-        model, line = fid.load_inception(path, folder, "adm", "cpu")
-        assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items()) 
+        assert all(torch.equal(whole[name], value) for name, value in state.items())
         pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-        extract = fid.inception_extractor(model)
+        extract = fid.inception_extractor(network)
         f, alone = extract(pixels), extract(pixels[:1])
-        assert f.pool.shape == (3, 2048) and f.spatial.shape == (3, 2023) and f.probabilities.shape == (3, 1008)
-        assert torch.allclose(f.pool[:1], alone.pool, rtol=1e-4, atol=1e-6)  # an image does not see its neighbours
-        model.fc.bias.copy_(torch.randn(1008))
+        assert f.pool.shape == (3, 2048) and f.spatial.shape == (3, 2023)
+        assert f.probabilities.shape == (3, 1008)
+        assert torch.allclose(f.pool[:1], alone.pool, rtol=1e-4, atol=1e-5)  # nobody sees the neighbours
+        network.fc.bias.copy_(torch.randn(1008))
         assert torch.equal(extract(pixels).probabilities, f.probabilities)  # guards IS against the bias
-        whole = path.read_bytes()
-        path.write_bytes(whole[:1000])
-        _raises(ValueError, fid.load_inception, path, folder, "adm", "cpu")
+        path.write_bytes(path.read_bytes()[:1000])
+        refuses(ValueError, "weights.pth damaged", fid.load_inception, path, folder)
         torch.save({name: value for name, value in state.items() if name != "fc.weight"}, path)
-        _raises(ValueError, fid.load_inception, path, folder, "adm", "cpu")
+        refuses(ValueError, "not FID's fc.weight", fid.load_inception, path, folder)
         torch.save(state | {"fc.weight": state["fc.weight"][:1000]}, path)
-        _raises(ValueError, fid.load_inception, path, folder, "adm", "cpu")
+        refuses(ValueError, "not FID's fc.weight", fid.load_inception, path, folder)
 
 
-def _extract_means(pixels):
+def mean_features(pixels):
     """A cheap extractor: 6 features, probabilities of 3 classes."""
     x = torch.from_numpy(pixels).double()
     pool = torch.cat([x.mean((1, 2)), x.std((1, 2))], 1)
@@ -1053,88 +1660,211 @@ def _extract_means(pixels):
 def test_fid_sides_and_statistics():
     """npz and flat folder give the same pixels; no number depends on the batch; statistics are reusable."""
     pixels = np.random.default_rng(3).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("error")  # no "NumPy array is not writable"
         flat, npz = Path(folder, "flat"), f"{folder}/images.npz"
         flat.mkdir()
         for i, image in enumerate(pixels):
             Image.fromarray(image).save(flat / f"{i:02d}.png")
-        np.savez(npz, arr_0=pixels, arr_1=np.arange(11) % 3, protocol=json.dumps({"cfg": 1.5, "weights": "ema"}))
+        protocol = json.dumps({"cfg": 1.5, "weights": "ema"})
+        labels, classes = np.arange(11) % 3, ["a", "b", "c"]
+        np.savez_compressed(npz, arr_0=pixels, arr_1=labels, protocol=protocol, classes=classes)
         sides = [fid.npz_side(npz), fid.image_side(fid.all_images(flat))]
         for side in sides:
             assert side.count == 11 and side.size == (8, 8)
             assert all((np.concatenate(list(side.batches(batch))) == pixels).all() for batch in (1, 4, 50))
-        assert sides[0].protocol["cfg"] == 1.5 and sides[1].labels is None
-        a, b = (fid.feature_statistics(sides[0], _extract_means, batch) for batch in (1, 5))
+        assert sides[0].protocol["cfg"] == 1.5 and sides[0].classes == classes and sides[1].labels is None
+        a, b = (fid.feature_statistics(sides[0], mean_features, batch) for batch in (1, 5))
         for name in ("mu", "sigma", "mu_s", "sigma_s"):
             assert np.allclose(a.moments[name], b.moments[name], rtol=1e-6)
         assert abs(a.score / b.score - 1) < 1e-6 and a.agreement == b.agreement
         row = fid.compare(a, b)
         assert max(abs(row["FID"]), abs(row["sFID"])) < 1e-6 and row["precision"] == row["recall"] == 1
-        assert len(fid.feature_statistics(sides[0], _extract_means, 4, keep=5).features) == 5
+        assert len(fid.feature_statistics(sides[0], mean_features, 4, keep=5).features) == 5
         np.savez(npz, **a.moments)  # statistics alone
-        again = fid.feature_statistics(fid.npz_side(npz), _extract_means)
-        row = fid.compare(again, b)
+        again = fid.npz_side(npz)
+        row = fid.compare(fid.feature_statistics(again, mean_features), b)
         assert abs(row["FID"]) < 1e-6 and row["precision"] is None
-        _raises(ValueError, fid.check_statistics, fid.npz_side(npz), "features: InceptionV3, resize pytorch-fid")
-        lines = fid.protocol_lines(sides[0], sides[:1], "features: x") + fid.warning_lines(sides[0], sides[:1], 2048)
-        told = "\n".join(lines)
+        refuses(ValueError, "images.npz pytorch-fid", fid.check_statistics, again, "resize pytorch-fid")
+        refuses(ValueError, "6 features 2048", fid.check_statistics, again, "resize adm")
+        told = "\n".join(fid.protocol_lines(sides[0], sides[:1], "features: x")
+                         + fid.warning_lines(sides[0], sides[:1], 2048))
         for word in ("cfg 1.5", "weights ema", sides[0].fingerprint, "11 images", "rank-deficient", "50,000"):
             assert word in told, word
 
 
-def test_fid_bad_input():
-    """Each mistake ends in one sentence (a ValueError or OSError whose text says what)."""
-    with tempfile.TemporaryDirectory() as folder:
-        def npz(**arrays):
-            np.savez(f"{folder}/x.npz", **arrays)
-            return f"{folder}/x.npz"
+def test_fid_mixes_folders_for_the_inception_score():
+    """In the order of its folders a set's splits would hold few classes: 3 classes in 12 splits of one."""
+    colours = np.eye(3, dtype=np.uint8).repeat(20, 0) * 90  # 60 plain images, class after class
+    labels = np.arange(60) // 20
+    read = [Image.new("RGB", (8, 8), tuple(map(int, colour))) for colour in colours]
+    names = [f"{i:02d}" for i in range(60)]
+    images = tokenizer.ImageSet("x", "", names, labels, ["red", "green", "blue"], "", read.__getitem__)
+    again = fid.mixed(images)
+    assert sorted(again.names) == images.names and same(again.names, fid.mixed(images).names)
+    assert all(again.read(i) is read[int(name)] and again.labels[i] == int(name) // 20
+               for i, name in enumerate(again.names))
+    before, fid.SPLIT = fid.SPLIT, 20
+    try:
+        ordered, shuffled = (fid.feature_statistics(fid.image_side(some), mean_features).score
+                             for some in (images, again))
+    finally:
+        fid.SPLIT = before
+    assert abs(ordered - 1) < 1e-6 and shuffled > 2.5
 
-        good = np.zeros((4, 8, 8, 3), np.uint8)
-        for arrays in (dict(images=good), dict(arr_0=good.astype(np.float32)), dict(arr_0=good[:1]),
-                       dict(arr_0=good[..., :1]), dict(arr_0=good, arr_1=np.zeros(3)), dict(mu=np.zeros(3)),
-                       dict(arr_0=good, protocol="not json")):
-            _raises(ValueError, fid.npz_side, npz(**arrays))
-        path = Path(npz(arr_0=good))
-        path.write_bytes(path.read_bytes()[:300])
-        _raises(ValueError, fid.npz_side, path)
-        _raises(FileNotFoundError, fid.npz_side, f"{folder}/none.npz")
-        _raises(FileNotFoundError, fid.all_images, f"{folder}/none")
-        _raises(ValueError, fid.load_classifier, npz(arr_0=good), 8, 1, folder)
-        mixed = Path(folder, "mixed")
-        mixed.mkdir()
-        for i, side in enumerate((8, 8, 9)):
-            Image.new("RGB", (side, side)).save(mixed / f"{i}.png")
-        _raises(ValueError, lambda: list(fid.image_side(fid.all_images(mixed)).batches(2)))
-        _raises(ValueError, fid.open_sides, npz(arr_0=good), [str(mixed), "held-out"], "train", None)
-        np.savez(f"{folder}/y.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
-        _raises(ValueError, fid.open_sides, npz(arr_0=good), [f"{folder}/y.npz"], "train", None)
+
+def test_fid_bad_files():
+    """Each ends in one sentence that names the file, before any work."""
+    good = np.zeros((4, 8, 8, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.npz")
+        nan = np.full((3, 3), np.nan)
+        for words, arrays in (
+                ("neither", dict(images=good)),
+                ("float32", dict(arr_0=good.astype(np.float32))),
+                ("(3, 8, 8, 3)", dict(arr_0=good[:3])),
+                ("(4, 8, 8, 1)", dict(arr_0=good[..., :1])),
+                ("labels (3,)", dict(arr_0=good, arr_1=np.zeros(3, int))),
+                ("labels float64", dict(arr_0=good, arr_1=np.zeros(4))),
+                ("sigma (0,)", dict(mu=np.zeros(3))),
+                ("sigma (2, 2)", dict(mu=np.zeros(3), sigma=np.eye(2))),
+                ("mu finite", dict(mu=np.zeros(3), sigma=nan)),
+                ("mu finite", dict(mu=np.zeros(3), sigma=np.eye(3) * 1j)),
+                ("mu_s sigma_s", dict(arr_0=good, mu_s=np.zeros(3))),
+                ("JSON", dict(arr_0=good, protocol="not json")),
+                ("damaged", dict(arr_0=good, classes=np.array([None, 1])))):  # a pickle: could run code
+            np.savez(path, **arrays)
+            refuses(ValueError, f"x.npz {words}", fid.npz_side, path)
+        np.savez(path, arr_0=good, arr_1=np.arange(4))
+        whole = path.read_bytes()
+        for damaged in (whole[:300], b"", b"\x93NUMPY", whole.replace(b"\0" * 99, b"\1" * 99)):
+            path.write_bytes(damaged)
+            refuses(ValueError, "x.npz damaged", fid.npz_side, path)
+        refuses(FileNotFoundError, "none.npz", fid.npz_side, f"{folder}/none.npz")
+        refuses(FileNotFoundError, "none", fid.all_images, f"{folder}/none")
+        for i, side in enumerate((8, 8, 8, 9)):
+            Image.new("RGB", (side, side)).save(f"{folder}/{i}.png")
+        batches = fid.image_side(fid.all_images(folder)).batches
+        refuses(ValueError, "different sizes --image-size", lambda: list(batches(2)))
+        Path(folder, "3.png").write_bytes(b"no picture")
+        refuses(ValueError, "3.png remove no image out", lambda: list(batches(4)))
 
 
 def test_fid_classifier():
-    """Trained twice it is the same; it learns; it is found again in the cache; the global RNG is untouched."""
+    """Twice the same; every size works; the cache knows the pixels; the global generator is untouched."""
+    with torch.no_grad():
+        for side in range(1, 10):
+            assert fid.ResidualBlock(2, 3)(torch.zeros(2, 2, side, side)).shape[-1] == (side + 1) // 2
+        for size in (8, 28, 36, 100, 250):
+            assert fid.Classifier(5, size).eval()(torch.zeros(1, 3, size, size))[1].shape == (1, 5)
     rng = np.random.default_rng(4)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        real, cache = Path(folder, "real"), Path(folder, "cache")
         for c, colour in enumerate(("red", "green", "blue")):
-            Path(folder, "real", colour).mkdir(parents=True)
-            for i in range(30):  # noise with a tint
+            (real / colour).mkdir(parents=True)
+            for i in range(30):  # noise with a tint; bitmaps, all of one length
                 tint = rng.integers(0, 160, (16, 16, 3)) + 60 * (np.arange(3) == c)
-                Image.fromarray(tint.astype(np.uint8)).save(Path(folder, "real", colour, f"{i}.png"))
-        real, cache = f"{folder}/real", f"{folder}/cache"
-        before = torch.get_rng_state()
-        a, b = (fid.train_classifier(tokenizer.open_images(real), 16, 2, batch=8) for _ in range(2))
-        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
-        assert torch.equal(before, torch.get_rng_state())
-        model, line = fid.load_classifier(real, 16, 30, cache)
-        again, same = fid.load_classifier(real, 16, 30, cache)
-        assert line == same and "held-out" in line and len(list(Path(cache).iterdir())) == 1
-        assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), again.state_dict().values()))
-        extract = fid.classifier_extractor(again)
-        got = fid.feature_statistics(fid.image_side(tokenizer.open_images(real, "val"), 16), extract, 5)
-        assert got.agreement > 0.6 and f"{got.agreement:.1%}" in line and got.moments["sigma"].shape == (256, 256)
+                Image.fromarray(tint.astype(np.uint8)).save(real / colour / f"{i}.bmp")
+
+        def sets():
+            return [fid.in_memory(fid.open_real(real, split), 16) for split in ("train", "val")]
+
+        before, (train, val) = torch.get_rng_state(), sets()
+        a, b = (fid.train_classifier(train, 16, 2, batch=8) for _ in range(2))
+        assert same(a.state_dict(), b.state_dict()) and torch.equal(before, torch.get_rng_state())
+        model, line = fid.load_classifier(train, val, 16, 12, cache)
+        again, line_again = fid.load_classifier(*sets(), 16, 12, cache)
+        assert line == line_again and "held-out" in line and len(list(cache.iterdir())) == 1
+        assert same(model.state_dict(), again.state_dict())
+        got = fid.feature_statistics(fid.image_side(val), fid.classifier_extractor(again), 5)
+        assert got.agreement > 0.6 and f"{got.agreement:.1%}" in line
         row = fid.compare(got, got, "-c")
-        assert set(row) == {"FD-c", "precision-c", "recall-c", "class agreement"} and abs(row["FD-c"]) < 1e-6
-        next(Path(cache).iterdir()).write_bytes(b"cut")
-        _raises(ValueError, fid.load_classifier, real, 16, 30, cache)
+        assert list(row) == ["FD-c", "IS-c", "precision-c", "recall-c", "class agreement"]
+        assert abs(row["FD-c"]) < 1e-6 and row["IS-c"] == got.score
+        next(cache.iterdir()).write_bytes(b"cut")
+        refuses(ValueError, "damaged", fid.load_classifier, train, val, 16, 12, cache)
+        (real / "red" / "0.bmp").write_bytes((real / "green" / "0.bmp").read_bytes())
+        changed = [some.fingerprint for some in sets()]
+        assert changed != [train.fingerprint, val.fingerprint]  # a picture replaced by another of its length
+
+
+def test_fid_scores_samples_and_the_floor():
+    """fid.py from its command line: many rows, the floor, and decoded images as the reference."""
+    root = workshop()[1]
+    samples = fid.in_memory(fid.open_real(root / "images"), 16)
+    pixels = np.stack([np.asarray(samples.read(i)) for i in range(44)])
+    arrays = dict(arr_0=pixels, arr_1=samples.labels)
+    np.savez(root / "good.npz", classes=samples.classes, **arrays)
+    np.savez(root / "unnamed.npz", arr_0=pixels)
+    real = ["--real", root / "images", "--features", "classifier", "--classifier-steps", 10]
+    written = ["--vq", root / "vq.pt", "--json", root / "scores.json"]
+    table = score(*real, *written,
+                  "--fake", root / "good", root / "unnamed.npz", "held-out", "reconstructions")
+    content = json.loads((root / "scores.json").read_text())
+    good, unnamed, held_out, floor = content["scores"].values()
+    assert list(content["scores"])[2:] == ["held-out", "reconstructions (the floor)"]
+    assert abs(good["FD-c"]) < 1e-4 < floor["FD-c"]  # good.npz holds the training images themselves
+    assert unnamed["class agreement"] is None and floor["class agreement"] is not None
+    assert all(line in table for line in content["protocol"])
+    assert content["settings"]["classifier_steps"] == 10
+
+    vq = tokenizer.load_tokenizer(root / "vq.pt")
+    np.savez(root / "decoded.npz", arr_0=fid.reconstruct(vq, pixels), arr_1=samples.labels)
+    score(*real, *written,
+          "--reference", "reconstructions", "--fake", root / "decoded.npz", "held-out")
+    content = json.loads((root / "scores.json").read_text())
+    row = content["scores"][f"{root}/decoded.npz"]
+    assert abs(row["FD-c"]) < 1e-4 and row["precision-c"] == row["recall-c"] == 1  # the reference itself
+    decoded = f"decoded by tokenizer {tokenizer.fingerprint(vq)}"
+    assert sum(decoded in line for line in content["protocol"]) == 3  # reference, held-out, classifier
+
+    np.savez(root / "others.npz", classes=["class0", "class1", "class2", "fish"], **arrays)
+    refuses(ValueError, "others.npz class3 other data", score, *real, "--fake", root / "others.npz")
+
+
+def test_fid_refuses_before_any_work():
+    """Flags that do not fit or would be ignored: one sentence, and no classifier is trained meanwhile."""
+    root = workshop()[1]
+    np.savez(root / "eight.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=np.array([0, 1, 2, 9]))
+    np.savez(root / "six.npz", arr_0=np.zeros((4, 6, 8, 3), np.uint8))
+    (root / "alone").mkdir()
+    for label in "abcd":  # one image each: nothing to hold out
+        (root / "alone" / label).mkdir()
+        Image.new("RGB", (8, 8)).save(root / "alone" / label / "0.png")
+    images, eight, six, cache = root / "images", root / "eight.npz", root / "six.npz", root / "no-work"
+    classifier = ["--features", "classifier"]
+    for words, arguments in (
+            ("nothing to do", ["--real", images]),
+            ("--weights only leave", ["--real", images, "--fake", eight, *classifier, "--weights", "w.pth"]),
+            ("--resize only", ["--real", images, "--fake", eight, *classifier, "--resize", "pytorch-fid"]),
+            ("--classifier-steps only", ["--real", images, "--fake", eight, "--classifier-steps", 50]),
+            ("--image-size only", ["--real", eight, "--fake", eight, "--image-size", 8]),
+            ("--split only", ["--real", eight, "--fake", eight, "--split", "val"]),
+            ("--subset only", ["--real", eight, "--fake", eight, "--subset", "list.txt"]),
+            ("--vq only", ["--real", images, "--fake", eight, "--vq", root / "vq.pt"]),
+            ("--save-stats only", ["--real", images, *classifier, "--save-stats", root / "s.npz"]),
+            ("reconstructions --vq", ["--real", images, "--fake", "reconstructions"]),
+            ("held-out .npz", ["--real", eight, "--fake", "held-out"]),
+            ("classifier eight.npz", ["--real", eight, "--fake", eight, *classifier]),
+            ("no tokenizer", ["--real", images, "--fake", "reconstructions", "--vq", root / "absent"]),
+            ("no tokenizer", ["--real", images, "--fake", "reconstructions", "--vq", images]),
+            ("size 10 4", ["--real", images, "--reference", "reconstructions", "--vq", root / "vq.pt",
+                           "--image-size", 10, "--fake", "held-out"]),
+            ("labels 0 9", ["--real", images, "--fake", eight, *classifier]),
+            ("square", ["--real", images, "--fake", six]),
+            ("different sizes", ["--real", images, "--fake", eight, six]),
+            ("different sizes --image-size", ["--real", images, "--fake", eight, "--image-size", 16]),
+            ("alone", ["--real", root / "alone", "--fake", eight, *classifier]),
+            ("does not exist", ["--real", root / "absent", "--fake", eight]),
+            ("does not exist", ["--real", images, "--fake", root / "absent"]),
+            ("overwritten", ["--real", images, "--fake", eight, "--json", eight]),
+            ("scores.json/x", ["--real", images, "--fake", eight, "--json", eight / "scores.json" / "x"]),
+            (".npz", ["--real", images, "--save-stats", root / "stats"])):
+        refuses((ValueError, OSError), words, score, *arguments, "--cache", cache)
+    for bad in (["--classifier-steps", 5], ["--image-size", 10 ** 9], ["--image-size", -8], ["--batch", 0]):
+        refuses(SystemExit, "2", score, "--real", images, "--fake", eight, *bad)
+    refuses(ValueError, "banana", fid.main, ["--real", "shapes", "--fake", "x", "--device", "banana"])
+    assert not cache.exists()
 
 
 # ---- README.md and coursework ------------------------------------------------------------------------------
@@ -1143,7 +1873,7 @@ DOCUMENTS = {path: path.read_text() for path in (HERE / "README.md", HERE / "cou
 
 
 def test_documents_name_what_exists():
-    """Every `file.function` that they name, the equation map's included, and every file that they link to."""
+    """Every `file.function` that they name, and every file that they link to."""
     scripts = {"fid": fid, "losses": losses, "model": model, "probe": probe, "sample": sample,
                "tokenizer": tokenizer, "train": train}
     named = r"`({})\.(?!py|pt|json)([\w.]+)".format("|".join(scripts))
@@ -1155,7 +1885,6 @@ def test_documents_name_what_exists():
                 found = getattr(found, part)
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (path.parent / link).exists(), f"{path}: no {link}"
-    assert all(f"| Eq. {n} |" in DOCUMENTS[HERE / "README.md"] for n in range(2, 9))
 
 
 def test_exercises_fit_the_code():

@@ -9,24 +9,28 @@ surrounds it: reading image sets, the ten crops that serve as views, the VQ mode
     torchrun --nproc-per-node 8 tokenizer.py encode --data IMAGENET --image-size 256 --crop-ratios 1.1 1.05 \
         --tokenizer vq_ds16_c2i.pt --out cache/imagenet
 
+`--subset assets/tiny-imagenet-20.txt` keeps the class folders listed there, and so do the other scripts.
 Shapes in comments: N images, B batch, V views, S side in pixels, h x w the code grid, T = h w tokens, D
 code size.
 """
 
 import argparse
 import fcntl
+import glob
 import hashlib
 import io
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -35,11 +39,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-# ---- Processes, devices, settings, files: what all scripts share --------------------------------------------
+# ---- Processes, devices, settings, files: what all scripts share -------------------------------------------
 
 def rank_and_world() -> tuple[int, int]:
     """This process's (rank, number of processes) as torchrun tells it; (0, 1) without torchrun."""
@@ -60,11 +64,11 @@ def choose_device(name: str = "") -> torch.device:
         raise ValueError(f"--device {name}: write cpu, cuda or cuda:N.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index and rank_and_world()[1] > 1:
-        raise ValueError(f"--device {name} would put all processes on one GPU; write cuda to give each its own.")
+        raise ValueError(f"--device {name} puts all processes on one GPU; write cuda to give each its own.")
     number = int(index or os.environ.get("LOCAL_RANK", 0))
     if number >= count:
-        raise ValueError(f"--device {name} asks for GPU {number}, but this machine has {count} that torch can "
-                         "use; use cpu, or start fewer processes.")
+        raise ValueError(f"--device {name} asks for GPU {number}, but this machine has {count} that torch "
+                         "can use; use cpu, or start fewer processes.")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
@@ -74,9 +78,10 @@ def within(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     def read(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and low <= value <= high):
+            fits = math.isfinite(value) and low <= value <= high
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits:
             bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
             noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text} is not {noun} {' and '.join(bounds)}".rstrip())
@@ -86,30 +91,48 @@ def within(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Keep other processes out of `folder` (made if need be); the lock ends with this process, however it ends.
+    """Keep others out of `folder`, made if need be; the lock ends with this process, however it ends.
 
-    Raises ValueError, in one sentence, if another process holds it.
+    Raises ValueError, in one sentence, if another process holds it, OSError if the folder cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise OSError(f"cannot write in {folder} ({error.strerror}); choose another place.") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is working in {folder}; wait for it, or choose another place.") \
-                from None
+            raise ValueError(f"another process is at work in {folder}; wait, or choose another.") from None
         yield
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):  # it is somebody else's, or no number
+        pass
+    return True
 
 
 def write_file(path: str | Path, write: Callable) -> None:
     """Call `write(file)` on a temporary file beside `path`, then rename it: `path` is never half-written.
 
-    Raises OSError in one sentence if that fails (no space left, no permission); an older `path` then stays.
+    A link stays a link, what it points to is replaced. Raises OSError in one sentence if that fails (no space
+    left, no permission, a device); an older `path` then stays.
     """
-    path = Path(path)
+    check_output(path)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed
+            if not _is_running(left.suffixes[-2][1:]):
+                left.unlink(missing_ok=True)
         try:
             with open(temporary, "wb") as file:
                 write(file)
@@ -121,17 +144,17 @@ def write_file(path: str | Path, write: Callable) -> None:
 
 
 def check_output(path: str | Path) -> None:
-    """Raise OSError, in one sentence, if `write_file(path, ...)` cannot work: to be called before long work."""
-    path = Path(path)
+    """Raise OSError, saying why, if `write_file(path, ...)` cannot work; to be called before the work."""
+    path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is a folder or a device; name a file to write.")
-    there = next(parent for parent in path.absolute().parents if parent.exists())
+    there = next(parent for parent in path.parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise OSError(f"cannot write {path}: {there} is no folder that you may write to.")
 
 
 def read_weights(path: str | Path) -> dict:
-    """The dictionary that torch.save wrote to `path`, on the CPU and memory-mapped; nothing in it can run code.
+    """The dictionary that torch.save wrote to `path`, on the CPU, memory-mapped; nothing in it can run code.
 
     Raises FileNotFoundError, or ValueError if the file is damaged (any byte of it) or holds something else.
     """
@@ -144,8 +167,8 @@ def read_weights(path: str | Path) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):  # in LlamaGen's training files
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # what a damaged file makes torch and zipfile raise has no end
-        raise ValueError(f"{path} is damaged or no file of weights ({type(error).__name__}); get it again, or "
-                         "write it again.") from None
+        raise ValueError(f"{path} is damaged or no file of weights ({type(error).__name__}); get it again, "
+                         "or write it again.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
     return content
@@ -197,7 +220,10 @@ def find_images(data: str) -> str:
 
 # ---- Images in: folders, zips and the built-in shapes behind one reader ------------------------------------
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # others stay closed: EPS runs Ghostscript
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+LARGEST_FILE = 2 ** 28  # bytes; what claims more is no image, and would fill the memory
+LARGEST_FOLDER = 2 ** 30  # bytes of images whose contents are checked each time a folder is opened
 
 
 @dataclass(frozen=True)
@@ -208,84 +234,186 @@ class ImageSet:
     names: list[str]  # N file names inside the source
     labels: np.ndarray  # (N,) int64, indices into `classes`
     classes: list[str]  # class names in label order
-    fingerprint: str  # 16 hex digits over names, file sizes and labels
+    fingerprint: str  # 16 hex digits over names, sizes and checksums of the files, and labels
     read: Callable[[int], Image.Image]  # i -> RGB image; raises ValueError naming a file it cannot decode
+    summary: str = ""  # what was found, for people
 
     def __len__(self) -> int:
         return len(self.names)
 
 
-def open_images(source: str | Path, split: str = "train") -> ImageSet:
+def open_images(source: str | Path, split: str = "train", subset: str | Path = "") -> ImageSet:
     """Open the "train" or "val" split of a folder, of a zip (read in place), or of the built-in set "shapes".
 
     Layouts, in the order tried: Tiny ImageNet (val/val_annotations.txt), ImageNet (train/<class>/* and, if
     present, val/<class>/*), plain class folders (<class>/*). Where there are no validation images a fixed
-    tenth of each class, at most 50 images, is held out. Classes are numbered by sorted folder name, as
-    torchvision does.
-    Raises FileNotFoundError or ValueError, in one sentence, if nothing usable is there.
+    tenth of each class, at most 50 images, is held out. `subset` is a text file that lists the class folders
+    to keep, one per line. Classes are numbered by sorted folder name, as torchvision does.
+    Raises FileNotFoundError, OSError or ValueError, in one sentence, if nothing usable is there.
     """
     if str(source) == "shapes":
+        if subset:
+            raise ValueError("the built-in shapes have no class folders to choose from; leave --subset out.")
         return _shapes(split)
-    files, read_bytes = _list_files(Path(source))
-    images = [name for name in sorted(files) if name.lower().endswith(IMAGE_SUFFIXES)]
+    files, read_bytes = list_files(Path(source))
 
-    def by_folder(prefix):  # <prefix><class>/... -> {image name: class folder}
-        return {name: name[len(prefix):].split("/")[0] for name in images
-                if name.startswith(prefix) and "/" in name[len(prefix):]}
+    def table(name):  # the lines of a text file, split at tabs
+        lines = read_bytes(name).decode(errors="replace").splitlines() if name in files else []
+        return [line.split("\t") for line in lines if "\t" in line]
 
-    training = by_folder("train/") or by_folder("")
-    if "val/val_annotations.txt" in files:
-        lines = [line.split("\t") for line in read_bytes("val/val_annotations.txt").decode().splitlines()]
-        validation = {f"val/images/{name}": folder for name, folder, *_ in lines}
-    else:
-        validation = by_folder("val/") if by_folder("train/") else {}
+    training, validation = _by_class(files, table)
     if len(training) < 2:
-        raise ValueError(f"{source} holds {len(images)} image(s), {len(training)} in class folders; at least "
-                         "2 are needed, laid out as <class>/*.jpg or train/<class>/*.jpg.")
+        raise ValueError(f"{source} holds {sum(map(is_image, files))} image(s), {len(training)} in class "
+                         "folders; at least 2 are needed, laid out as <class>/*.jpg or train/<class>/*.jpg.")
+    chosen_by = ""
+    if subset:
+        chosen_by = f" (of {len(set(training.values())):,}: those in {subset})"
+        kept = _read_subset(subset, set(training.values()), source)
+        training, validation = ({name: folder for name, folder in part.items() if folder in kept}
+                                for part in (training, validation))
     if not validation:
         validation = _hold_out(training)
         training = {name: folder for name, folder in training.items() if name not in validation}
+    if not validation:
+        raise ValueError(f"{source} has one image of each class, so that none can be held out; add images.")
 
     folders = sorted(set(training.values()))
-    number = {folder: i for i, folder in enumerate(folders)}
     if unknown := sorted(set(validation.values()) - set(folders)):
         raise ValueError(f"{source} has validation images of class {unknown[0]!r} but no others.")
-    words = read_bytes("words.txt").decode().splitlines() if "words.txt" in files else []
-    words = {wnid: title.split(",")[0] for wnid, title in (line.split("\t", 1) for line in words)}
-
     chosen = training if split == "train" else validation
     names = sorted(chosen)
     if missing := [name for name in names if name not in files]:
-        raise ValueError(f"{source} lists {missing[0]} in its annotations but does not hold it.")
+        raise ValueError(f"{source} lists {missing[0]!r} in its annotations but does not hold it.")
+    titles = {row[0]: row[1].split(",")[0] for row in table("words.txt")}
+    classes = [titles.get(folder, folder) for folder in folders]
+    if strange := [name for name in classes if not name.isprintable()]:
+        raise ValueError(f"{source} has a class named {strange[0]!r}, which cannot be printed; rename it.")
+    number = {folder: i for i, folder in enumerate(folders)}
     labels = np.array([number[chosen[name]] for name in names], dtype=np.int64)
-    return ImageSet(str(source), split, names, labels, [words.get(folder, folder) for folder in folders],
-                    digest([(name, files[name], int(label)) for name, label in zip(names, labels)]),
-                    lambda i: _decode(read_bytes(names[i]), f"{source}/{names[i]}"))
+    others = len(files.keys() - training.keys() - validation.keys())
+    summary = (f"{source}: {len(training):,} training and {len(validation):,} held-out images of "
+               f"{len(classes):,} classes{chosen_by}; {others:,} other files left out")
+    return ImageSet(str(source), split, names, labels, classes,
+                    digest([(name, *files[name], int(label)) for name, label in zip(names, labels)]),
+                    lambda i: decode_image(read_bytes(names[i]), f"{source}/{names[i]}"), summary)
 
 
-def _list_files(path: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
-    """{posix name: size in bytes} of all files below a folder or in a zip, and a function that reads one."""
+def is_image(name: str) -> bool:
+    """Whether a file of this name should hold an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _by_class(files, table: Callable) -> tuple[dict[str, str], dict[str, str]]:
+    """{image name: class folder} of the training images, and of the validation images if there are any."""
+    images = [name for name in sorted(files) if is_image(name)]
+
+    def below(top):  # <top><class>/...
+        inside = {name: name[len(top):].split("/") for name in images if name.lower().startswith(top)}
+        return {name: parts[0] for name, parts in inside.items() if len(parts) > 1}
+
+    training = below("train/")
+    if not training:
+        return below(""), {}
+    annotations = {f"val/images/{row[0]}": row[1] for row in table("val/val_annotations.txt")}
+    return training, annotations or below("val/")
+
+
+def _read_subset(path: str | Path, folders: set[str], source: str | Path) -> set[str]:
+    """The class folders that a text file lists, all of them among `folders`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; --subset takes a list of class folders.")
+    kept = {line.strip() for line in Path(path).read_text(errors="replace").splitlines()} - {""}
+    if not kept:
+        raise ValueError(f"the subset {path} lists no class folder.")
+    if unknown := sorted(kept - folders):
+        raise ValueError(f"the subset {path} lists {unknown[0]!r}, of which {source} has no images.")
+    return kept
+
+
+def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[[str], bytes]]:
+    """{posix name: (size in bytes, CRC-32)} of the files in a folder or zip, and a function that reads one.
+
+    Folders around everything are left out of the names; hidden files and __MACOSX are left out altogether.
+    our choice: a picture replaced by another is noticed by its CRC, as times change when data are copied. A
+    zip knows them; of folders up to a gigabyte the images are read for them, in larger ones they are None.
+    Raises FileNotFoundError, OSError or ValueError, as does the function, for what cannot be read.
+    """
     if path.is_dir():
-        sizes = {Path(folder, name).relative_to(path).as_posix(): Path(folder, name).stat().st_size
-                 for folder, _, names in os.walk(path, followlinks=True) for name in names}
-        return sizes, lambda name: (path / name).read_bytes()
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; --data takes a folder, a zip, or the word shapes.")
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile:
-        raise ValueError(f"{path} is neither a folder nor a whole zip file (truncated download?).") from None
-    sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
-    tops = {name.split("/")[0] for name in sizes}  # a zip of one folder is read as that folder
-    top = f"{tops.pop()}/" if len(tops) == 1 and not any("/" not in name for name in sizes) else ""
+        found, get = _walk(path), lambda name: (path / name).read_bytes()
+    elif path.is_file():
+        try:
+            archive = zipfile.ZipFile(path)
+        except Exception:  # what a damaged file makes zipfile raise has no end
+            raise ValueError(f"{path} is neither a folder nor a whole zip (truncated download?).") from None
+        found, get = {info.filename: (info.file_size, info.CRC) for info in archive.infolist()
+                      if not info.is_dir() and not _hidden(info.filename)}, archive.read
+    else:
+        raise FileNotFoundError(f"{path} does not exist (folder or file); write a folder, a zip, or: shapes.")
+    top = _top_folder([name for name in found if is_image(name)])
+    files = {name[len(top):]: mark for name, mark in found.items() if name.startswith(top)}
 
     def read(name):
         try:
-            return archive.read(top + name)
-        except (zipfile.BadZipFile, zipfile.zlib.error, EOFError) as error:
-            raise ValueError(f"{path} is damaged at {name} ({error}); get the file again.") from None
+            if files[name][0] > LARGEST_FILE:
+                raise ValueError(f"{files[name][0]:,} bytes are too many")
+            return get(top + name)
+        except Exception as error:  # likewise: encrypted, an unknown method, wrong checksums, no permission
+            raise ValueError(f"{path} is damaged at {name!r} ({error}); get the file again.") from None
 
-    return {name.removeprefix(top): size for name, size in sizes.items()}, read
+    return files, read
+
+
+def _walk(root: Path) -> dict[str, tuple[int, int | None]]:
+    """`list_files` of a folder, links followed."""
+    def fail(error):
+        raise OSError(f"cannot read the folder {error.filename} ({error.strerror}); mend or remove it.")
+
+    sizes, seen = {}, set()
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # links in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        for name in names:
+            full = os.path.join(folder, name)
+            if os.path.isfile(full) and not _hidden(name):
+                sizes[os.path.relpath(full, root)] = os.path.getsize(full)
+            elif is_image(name) and not _hidden(name):
+                raise ValueError(f"{full} is a broken link or no regular file; remove it.")
+    images = [name for name in sizes if is_image(name)]
+    check = sum(sizes[name] for name in images) <= LARGEST_FOLDER
+    return {name: (size, _checksum(root / name) if check and is_image(name) else None)
+            for name, size in sizes.items()}
+
+
+def _checksum(path: Path) -> int | None:
+    """CRC-32 of a file; None if it cannot be read, which is said when its pixels are needed."""
+    try:
+        crc = 0
+        with open(path, "rb") as file:
+            while chunk := file.read(2 ** 22):
+                crc = zlib.crc32(chunk, crc)
+        return crc
+    except OSError:
+        return None
+
+
+def _hidden(name: str) -> bool:
+    """Of no interest: .ipynb_checkpoints, __MACOSX and their like."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _top_folder(images: list[str]) -> str:
+    """The folders around all images, as "a/b/": neither train/ and val/ nor the class folders."""
+    top = ""
+    while len(heads := {name[len(top):].split("/")[0] for name in images}) == 1:
+        inner = f"{top}{heads.pop()}/"
+        if inner.lower().endswith(("train/", "val/")) or not any("/" in name[len(inner):] for name in images):
+            break
+        top = inner
+    return top
 
 
 def _hold_out(training: dict[str, str]) -> dict[str, str]:
@@ -303,12 +431,22 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The RGB image that a file of this name holds, upright; 16-bit grey keeps its upper 8 bits.
+
+    Raises ValueError, in one sentence, if it holds none, or a strip whose sides differ a hundredfold.
+    """
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise ValueError(f"{name} is not a readable image; remove it, or pass --skip-corrupt to leave such "
-                         "images out.") from None
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        ImageOps.exif_transpose(image, in_place=True)  # LlamaGen's reader leaves photographs on their side
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        if max(image.size) > 100 * min(image.size):
+            raise ValueError("a strip")
+        return image.convert("RGB")
+    except Exception:  # what a damaged file makes Pillow raise has no end
+        raise ValueError(f"{name} is not a readable image; remove or replace it (train.py and tokenizer.py "
+                         "leave such images out with --skip-corrupt).") from None
 
 
 def _outlines() -> dict[str, list[np.ndarray]]:
@@ -355,7 +493,8 @@ def _shapes(split: str) -> ImageSet:
     count, code = {"train": (4800, 0), "val": (600, 1)}[split]
     labels = np.arange(count, dtype=np.int64) % len(_SHAPES)
     return ImageSet("shapes", split, [f"{split}/{i:05d}" for i in range(count)], labels, list(_SHAPES),
-                    digest(["shapes", 1, split, count]), lambda i: draw_shape(int(labels[i]), (code, i)))
+                    digest(["shapes", 1, split, count]), lambda i: draw_shape(int(labels[i]), (code, i)),
+                    f"shapes: 4,800 training and 600 held-out images of {len(_SHAPES)} classes, drawn here")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -403,6 +542,19 @@ def read_pixels(images: ImageSet, indices, transform: Callable,
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside Python's lock
         return list(pool.map(read, indices))
+
+
+def read_ahead(images: ImageSet, groups: list[range], transform: Callable,
+               skip_corrupt: bool) -> Iterator[list[np.ndarray | None]]:
+    """`read_pixels` of one group of indices after the other; while one is used, the next is being read."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for group in groups:
+            current, coming = coming, pool.submit(read_pixels, images, group, transform, skip_corrupt)
+            if current:
+                yield current.result()
+        if coming:
+            yield coming.result()
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -582,17 +734,26 @@ class VectorQuantizer(nn.Module):
         """(n, D), unit rows."""
         return F.normalize(self.embedding.weight, dim=-1)
 
+    @staticmethod
+    def nearest(z: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """For each row of z (M, D) the index of the nearest of codes (n, D), int64 (M,).
+
+        |z|^2 + |e|^2 - 2 z e, although both norms are 1: rounded as LlamaGen's, ties fall the same way.
+        """
+        norms = (codes ** 2).sum(1)
+        rows = max(2 ** 19 // len(codes), 1) if z.device.type == "cpu" else 2 ** 16  # what fits the cache
+        return torch.cat([((part ** 2).sum(1, keepdim=True) + norms - 2 * part @ codes.T).min(1).indices
+                          for part in z.split(rows)])
+
     def forward(self, z):
         """(B, D, h, w) -> quantised latents (B, D, h, w), straight-through; indices (B, T); loss.
 
         LlamaGen: loss = mean (z_q - sg z)^2 + 0.25 mean (sg z_q - z)^2, the second being the commitment.
         """
         z = F.normalize(z.movedim(1, -1), dim=-1)  # (B, h, w, D)
-        flat, codes = z.reshape(-1, z.shape[-1]), self.codebook()
-        # |z|^2 + |e|^2 - 2 z e, although both norms are 1: rounded as LlamaGen's, ties fall the same way
-        distance = (flat ** 2).sum(1, keepdim=True) + (codes ** 2).sum(1) - 2 * flat @ codes.T
-        indices = distance.argmin(1).view(z.shape[:-1])
-        z_q = codes[indices]
+        codes = self.codebook()
+        indices = self.nearest(z.detach().flatten(0, 2), codes.detach()).view(z.shape[:-1])
+        z_q = F.embedding(indices, codes)  # (B, h, w, D)
         loss = F.mse_loss(z_q, z.detach()) + 0.25 * F.mse_loss(z, z_q.detach())
         z_q = z + (z_q - z).detach()
         return z_q.movedim(-1, 1), indices.flatten(1), loss
@@ -675,40 +836,108 @@ def fingerprint(module: nn.Module) -> str:
 
 # ---- Training the tokenizer --------------------------------------------------------------------------------
 
+class Perceptual(nn.Module):
+    """What looks alike: float (B, 3, S, S) in [-1, 1] -> features of four stages and class logits (B, K).
+
+    A small VGG that first learns the images' classes and is then frozen. our choice: it stands in for LPIPS
+    (arXiv 1801.03924) in LlamaGen's recipe, whose VGG has weights that are not ours. It shares neither
+    structure nor weights with fid.py's classifier: a tokenizer must not be trained on what it is measured by.
+    """
+
+    def __init__(self, classes: int):
+        def convolution(cin, cout, stride):
+            return [nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU()]
+
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Sequential(*convolution(3, 32, 1))])
+        for width in (64, 128, 256):
+            halve, refine = convolution(width // 2, width, 2), convolution(width, width, 1)
+            self.stages.append(nn.Sequential(*halve, *refine))
+        self.head = nn.Linear(256, classes)
+
+    def forward(self, x):
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features, self.head(x.mean((2, 3)))
+
+
+def perceptual_loss(net: Perceptual, reconstruction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """How different two images (B, 3, S, S) look to a frozen `net`, in [0, 2]: LPIPS without learned weights.
+
+    The squared distance of feature vectors of unit length, averaged over places, then over the stages.
+    """
+    with torch.no_grad():
+        targets = net(x)[0]
+    distances = [(F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean()
+                 for a, b in zip(net(reconstruction)[0], targets)]
+    return torch.stack(distances).mean()
+
+
+class Crops:
+    """Random crops and flips of at most 100,000 images, which stay in memory: on the GPU if there is one."""
+
+    def __init__(self, images: ImageSet, size: int, seed: int, device, skip_corrupt: bool):
+        self.rng, self.size, self.side = np.random.default_rng(seed), size, int(size * 1.1)
+        chosen = self.rng.permutation(len(images))[:100_000]
+        pixels = read_pixels(images, tqdm(chosen, "reading images", leave=False),
+                             lambda image: np.asarray(center_crop(image, self.side)), skip_corrupt)
+        kept = [i for i, p in enumerate(pixels) if p is not None]
+        self.pixels = torch.from_numpy(np.stack([pixels[i] for i in kept])).to(device)  # (N, side, side, 3)
+        self.labels = torch.from_numpy(images.labels[chosen[kept]]).to(device)  # (N,)
+
+    def draw(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """float (B, 3, S, S) in [-1, 1], cut at one place and flipped together, and labels (B,)."""
+        rows = torch.from_numpy(self.rng.integers(len(self.pixels), size=batch)).to(self.pixels.device)
+        (y, x), flip = self.rng.integers(self.side - self.size + 1, size=2), self.rng.integers(2)
+        crop = self.pixels[:, y:y + self.size, x:x + self.size][rows]
+        crop = to_float(crop.flip(2) if flip else crop)
+        return crop.contiguous(memory_format=torch.channels_last), self.labels[rows]
+
+
+def train_perceptual(crops: Crops, classes: int, steps: int, batch: int = 64) -> Perceptual:
+    """Teach a `Perceptual` the classes of `crops`: SGD with one cycle, cross-entropy with label smoothing."""
+    net = Perceptual(classes).to(crops.pixels.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
+    for step in (bar := tqdm(range(steps), "learning what looks alike")):
+        x, labels = crops.draw(batch)
+        loss = F.cross_entropy(net(x)[1], labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return net.eval().requires_grad_(False)
+
+
 def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["vq_ds4"], steps: int = 1000,
                     batch: int = 32, lr: float = 2e-3, seed: int = 0, device="cpu",
                     skip_corrupt: bool = False) -> VQModel:
-    """Train a tokenizer on random (size, size) crops and flips of `images`, at most 50,000 of them.
+    """Train a tokenizer on random (size, size) crops and flips of `images`, at most 100,000 of them.
 
-    Loss: mean squared error + codebook and commitment loss (LlamaGen's, without its perceptual and
-    adversarial terms). Adam, warm-up over 5 % of the steps, cosine to zero. Codes that go unused are
-    restarted on latents of the current batch during the first three quarters. Raises ValueError for a size
-    the codes do not divide.
+    Loss: mean squared error + codebook and commitment loss + `perceptual_loss`, whose net is trained first,
+    for half as many steps: LlamaGen's recipe without its adversarial part, of which README says what it gave.
+    Adam, warm-up over 5 % of the steps, cosine to zero. Codes that go unused are restarted on latents of the
+    current batch during the first three quarters. Raises ValueError for a size the codes do not divide.
     """
     if size % config.downsample:
         raise ValueError(f"image size {size} is no multiple of the tokenizer's factor {config.downsample}.")
-    rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    side = int(size * 1.1)
-    chosen = rng.permutation(len(images))[:50_000]
-    pixels = read_pixels(images, tqdm(chosen, "reading images", leave=False),
-                         lambda image: np.asarray(center_crop(image, side)), skip_corrupt)
-    pixels = torch.from_numpy(np.stack([p for p in pixels if p is not None]))  # (N, side, side, 3)
-
+    crops = Crops(images, size, seed, device, skip_corrupt)
+    net = train_perceptual(crops, len(images.classes), max(steps // 2, 10))
     vq = VQModel(config).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(vq.parameters(), lr=lr, betas=(0.9, 0.95))
     used = torch.zeros(config.codebook_size, dtype=torch.bool, device=device)  # since the last restart
     bar = tqdm(range(steps), "training tokenizer")
     for step in bar:
-        rows = rng.integers(len(pixels), size=batch)
-        (y, x), flip = rng.integers(side - size + 1, size=2), rng.integers(2)
-        crop = pixels[rows, y:y + size, x:x + size]
-        x = to_float((crop.flip(2) if flip else crop).to(device))
-        x = x.contiguous(memory_format=torch.channels_last)
+        x, _ = crops.draw(batch)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.05 * steps), cosine)
         reconstruction, codes, codebook_loss = vq(x)
-        loss = F.mse_loss(reconstruction, x) + codebook_loss
+        loss = F.mse_loss(reconstruction, x) + codebook_loss + perceptual_loss(net, reconstruction, x)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
@@ -723,14 +952,30 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["
     return vq.eval().requires_grad_(False)
 
 
-def ready_tokenizer(root: str | Path, images: ImageSet, size: int, codes: int, steps: int, device="cpu",
-                    skip_corrupt: bool = False) -> Path:
-    """The file below `root` of the small tokenizer for these images and settings, trained now if missing."""
-    config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=codes)
-    key = digest([images.fingerprint, size, steps, asdict(config)])[:8]
-    path = Path(root) / f"tokenizer-{Path(images.source).stem}-{size}px-{key}.pt"
+SHIPPED = Path(__file__).with_name("assets") / "tokenizer-32px.pt"  # vq_ds4, README says how it was trained
+
+
+def find_tokenizer(settings, images: ImageSet, device) -> Path:
+    """The file that train.py's `settings` ask for: "shipped", "train" (now, if there is none yet) or a file.
+
+    Raises ValueError if the shipped one is not what they ask for.
+    """
+    if settings.tokenizer == "shipped":
+        codes = load_tokenizer(SHIPPED).config.codebook_size
+        if settings.codes != codes:
+            raise ValueError(f"the shipped tokenizer has {codes} codes, not {settings.codes}; --tokenizer "
+                             "train makes your own.")
+        at = "" if settings.image_size == 32 else f" (trained at 32 px, used at {settings.image_size})"
+        print(f"Tokenizer: the shipped one{at}; --tokenizer train makes one for these images.")
+        return SHIPPED
+    if settings.tokenizer != "train":
+        return Path(settings.tokenizer)
+    config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=settings.codes)
+    size, steps = settings.image_size, settings.tokenizer_steps
+    key = digest(["perceptual", images.fingerprint, size, steps, asdict(config)])[:8]
+    path = Path(settings.cache) / f"tokenizer-{Path(images.source).stem}-{size}px-{key}.pt"
     if not path.exists():
-        vq = train_tokenizer(images, size, config, steps, device=device, skip_corrupt=skip_corrupt)
+        vq = train_tokenizer(images, size, config, steps, device=device, skip_corrupt=settings.skip_corrupt)
         save_tokenizer(path, vq)
     return path
 
@@ -770,6 +1015,8 @@ def print_quality(path: str | Path, vq: VQModel, settings) -> None:
 # ---- The token cache: tokens.npy uint16 (N, V, T), labels.npy int64 (N,), meta.json ------------------------
 
 CHUNK = 1000  # images per part file: what a killed encoding loses at most
+AT_A_TIME = 2 ** 20  # pixels that go through the encoder together
+READ_AHEAD = 2 ** 25  # bytes of crops that wait for it
 UNREADABLE = 65535  # fills the row of an image left out by --skip-corrupt; its label becomes -1
 
 
@@ -781,46 +1028,84 @@ class TokenCache(NamedTuple):
 
 
 def cache_meta(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...]) -> dict:
-    """What a cache is made of; two caches with equal meta hold equal tokens."""
-    return {"source": Path(images.source).name, "split": images.split, "images": images.fingerprint,
-            "tokenizer": fingerprint(vq), "image_size": size, "crop_ratios": list(ratios),
+    """What a cache is made of, wherever the images lie; two caches with equal meta hold equal tokens."""
+    return {"split": images.split, "images": images.fingerprint, "tokenizer": fingerprint(vq),
+            "image_size": size, "crop_ratios": list(ratios),
             "shape": [len(images), max(10 * len(ratios), 1), (size // vq.config.downsample) ** 2],
             "codebook_size": vq.config.codebook_size, "classes": images.classes}
 
 
 def cache_folder(root: str | Path, meta: dict) -> Path:
     """The folder below `root` whose name says what `meta` says."""
-    return Path(root) / f"{meta['source']}-{meta['split']}-{meta['image_size']}px-{digest(meta)[:8]}"
+    what = f"{len(meta['classes'])}-classes-{meta['split']}-{meta['image_size']}px"
+    return Path(root) / f"{what}-{digest(meta)[:8]}"
+
+
+def _read_meta(folder: Path, expected: dict | None) -> tuple[dict, dict]:
+    """(meta, checksums of the files) of a finished cache; errors as `load_cache`."""
+    if not (folder / "meta.json").is_file():
+        raise FileNotFoundError(f"no finished token cache at {folder}; write one: python tokenizer.py encode")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        checksums = meta.pop("checksums")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"the token cache {folder} is damaged; delete it and encode again.") from None
+    for key, value in (expected or {}).items():
+        if meta.get(key) != value:
+            raise ValueError(f"the token cache {folder} has {key} = {str(meta.get(key))[:80]} but "
+                             f"{str(value)[:80]} is needed; encode again into another folder.")
+    return meta, checksums
 
 
 def load_cache(folder: str | Path, expected: dict | None = None) -> TokenCache:
     """Open a finished cache, memory-mapped; if `expected` is given its meta must equal that.
 
-    Raises FileNotFoundError if there is none, ValueError naming both sides if it is another one's.
+    Reads all of it once for the checksums, about a gigabyte a second.
+    Raises FileNotFoundError if there is none, ValueError naming both sides if it is another one's, ValueError
+    if its files are not what was written.
     """
     folder = Path(folder)
-    if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"no finished token cache at {folder}; write one: python tokenizer.py encode")
-    meta = json.loads((folder / "meta.json").read_text())
-    for key, value in (expected or {}).items():
-        if meta.get(key) != value:
-            raise ValueError(f"the token cache {folder} has {key} = {meta.get(key)} but {value} is needed; "
-                             "encode again into another folder.")
-    tokens, labels = np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "labels.npy")
-    if list(tokens.shape) != meta["shape"] or len(labels) != len(tokens):
-        raise ValueError(f"the cache {folder} is damaged: {tokens.shape}, not {meta['shape']}; delete it.")
-    return TokenCache(tokens, labels, meta)
+    meta, checksums = _read_meta(folder, expected)
+    try:
+        for name in ("tokens.npy", "labels.npy"):
+            if _checksum(folder / name) != checksums[name]:
+                raise ValueError(name)
+        return TokenCache(np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "labels.npy"), meta)
+    except Exception:  # whatever a changed file makes numpy raise
+        raise ValueError(f"the token cache {folder} is damaged; delete it and encode again.") from None
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 on the GPU meanwhile: its 10 bits would move the codes of latents between two codes."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @torch.no_grad()
+def encode_pixels(vq: VQModel, pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, S, S, 3) -> codes (N, T) int64 on the CPU; a megapixel at a time, in full float32."""
+    device = next(vq.parameters()).device
+    with full_precision():
+        chunks = pixels.split(max(AT_A_TIME // pixels.shape[1] ** 2, 1))
+        return torch.cat([vq.encode(to_float(chunk.to(device))).cpu() for chunk in chunks])
+
+
 def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...],
                 skip_corrupt: bool = False) -> None:
     """Encode every view of every image into `folder`; does nothing if the same cache is there already.
 
     Under torchrun (RANK, WORLD_SIZE) each process encodes every WORLD_SIZE-th chunk of images into a part
     file, and rank 0 waits for all parts, joins them and writes meta.json last. No process group is needed.
-    A killed encoding goes on where it was, with any number of processes.
-    Raises ValueError as `load_cache` and `read_pixels` do, or if codes and image size do not fit.
+    A killed encoding goes on where it was, with any number of processes. Memory: some 400 MB.
+    Raises ValueError as `load_cache` and `read_pixels` do, if codes and image size do not fit, or if another
+    job encodes into `folder` now.
     """
     if size % vq.config.downsample:
         raise ValueError(f"image size {size} is no multiple of this tokenizer's {vq.config.downsample}.")
@@ -828,120 +1113,187 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
         raise ValueError(f"the cache stores codes in 16 bits; {vq.config.codebook_size} codes do not fit.")
     folder, meta = Path(folder), cache_meta(images, vq, size, ratios)
     if (folder / "meta.json").exists():
-        load_cache(folder, meta)
+        _read_meta(folder, meta)
         return
-    (rank, world), (N, V, T) = rank_and_world(), meta["shape"]
-    device = next(vq.parameters()).device
-    parts = [folder / f"parts-{digest(meta)}" / f"{start:09d}.npy" for start in range(0, N, CHUNK)]
-    title = f"encoding {Path(images.source).name} {images.split}"
-    for part in tqdm(parts[rank::world], title, disable=rank != 0, unit="chunk"):
-        if part.exists():
-            continue
-        start, codes = int(part.stem), []
-        rows = range(start, min(start + CHUNK, N))
-        crops = read_pixels(images, rows, lambda image: views(image, size, ratios), skip_corrupt)
-        blank = np.zeros((V, size, size, 3), np.uint8)
-        pixels = np.concatenate([blank if c is None else c for c in crops])  # (rows V, S, S, 3)
-        for chunk in torch.from_numpy(pixels).split(max(2 ** 20 // size ** 2, 1)):  # a megapixel at a time
-            codes.append(vq.encode(to_float(chunk.to(device))).cpu().numpy().astype(np.uint16))
-        codes = np.concatenate(codes).reshape(len(rows), V, T)
-        codes[[c is None for c in crops]] = UNREADABLE
-        write_file(part, lambda file: np.save(file, codes))
-    if rank == 0:
-        while not all(part.exists() for part in parts):
-            time.sleep(0.2)
-        _join(folder, parts, images.labels, meta)
+    rank, world = rank_and_world()
+    starts = range(0, len(images), CHUNK)
+    parts = {start: folder / f"parts-{digest(meta)}" / f"{start:09d}.npz" for start in starts}
+    with locked(folder) if rank == 0 else nullcontext():
+        missing = [start for start in starts[rank::world] if not parts[start].exists()]
+        _encode(images, vq, size, ratios, {start: parts[start] for start in missing}, skip_corrupt)
+        if rank == 0:
+            while not all(part.exists() for part in parts.values()):
+                time.sleep(0.2)
+            _join(folder, parts, images.labels, meta)
 
 
-def _join(folder: Path, parts: list[Path], labels: np.ndarray, meta: dict) -> None:
+def _encode(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...], parts: dict[int, Path],
+            skip_corrupt: bool) -> None:
+    """Write the part files: {index of a part's first image: file}."""
+    blank = np.zeros((max(10 * len(ratios), 1), size, size, 3), np.uint8)  # (V, S, S, 3)
+    crops = max(AT_A_TIME // size ** 2, 1)
+    few = crops // math.gcd(crops, len(blank))  # images whose crops fill whole batches of the encoder
+    count = min(few * max(READ_AHEAD // (few * blank.nbytes), 1), CHUNK)  # images at a time
+    groups, last = [], {}
+    for start in parts:
+        stop = min(start + CHUNK, len(images))
+        groups += [range(i, min(i + count, stop)) for i in range(start, stop, count)]
+        last[stop] = start
+    pieces = read_ahead(images, groups, lambda image: views(image, size, ratios), skip_corrupt)
+    bar = tqdm(total=sum(map(len, groups)), desc=f"encoding {Path(images.source).name} {images.split}",
+               disable=rank_and_world()[0] != 0 or not groups, unit="image")
+    codes = []
+    for group, piece in zip(groups, pieces):
+        pixels = np.concatenate([blank if crops is None else crops for crops in piece])  # (B V, S, S, 3)
+        tokens = encode_pixels(vq, torch.from_numpy(pixels)).numpy().astype(np.uint16)
+        tokens = tokens.reshape(len(group), len(blank), -1)  # (B, V, T)
+        tokens[[crops is None for crops in piece]] = UNREADABLE
+        codes.append(tokens)
+        bar.update(len(group))
+        if group.stop in last:
+            whole = np.concatenate(codes)
+            write_file(parts[last[group.stop]], lambda file: np.savez(file, codes=whole))  # with checksums
+            codes = []
+    bar.close()
+
+
+def _join(folder: Path, parts: dict[int, Path], labels: np.ndarray, meta: dict) -> None:
+    """Write tokens.npy, labels.npy and, last, meta.json; then delete the parts."""
     labels = labels.copy()
 
     def write(file):
         header = {"descr": "<u2", "fortran_order": False, "shape": tuple(meta["shape"])}
         np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            codes = np.load(part)
+        for start, part in parts.items():
+            mine = labels[start:start + CHUNK]
+            codes = _read_part(part, [len(mine), *meta["shape"][1:]])
             bad = codes[:, 0, 0] == UNREADABLE
-            labels[int(part.stem):][:len(codes)][bad] = -1
+            mine[bad] = -1
             codes[bad] = 0
             file.write(codes.tobytes())
 
     write_file(folder / "tokens.npy", write)
     write_file(folder / "labels.npy", lambda file: np.save(file, labels))
-    write_file(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
-    for part in parts:
-        part.unlink()
-    parts[0].parent.rmdir()
+    checksums = {name: _checksum(folder / name) for name in ("tokens.npy", "labels.npy")}
+    text = json.dumps(meta | {"checksums": checksums}, indent=1)
+    write_file(folder / "meta.json", lambda file: file.write(text.encode()))
+    for left in folder.glob("parts-*"):
+        shutil.rmtree(left)
 
 
-def prepare(settings, device: torch.device, store) -> tuple[VQModel, TokenCache, TokenCache]:
-    """From image set to token caches, as train.py needs them: (tokenizer, training cache, held-out cache).
+def _read_part(path: Path, shape: list[int]) -> np.ndarray:
+    """The codes of one part file, uint16; a damaged one is deleted, and ValueError says so."""
+    try:
+        with np.load(path) as file:
+            codes = file["codes"]
+        if list(codes.shape) != shape or codes.dtype != np.uint16:
+            raise ValueError("another shape")
+        return codes
+    except Exception:  # whatever a changed file makes numpy raise
+        path.unlink(missing_ok=True)
+        raise ValueError(f"{path} was damaged and is deleted; run the same command again.") from None
 
-    `settings` has train.py's fields. Rank 0 finds the images and trains the tokenizer if there is none; all
-    processes encode. They agree through `store`, in which a key can be waited for without limit. Settles
-    settings.data, settings.tokenizer and, where shapes stand in for Tiny ImageNet, settings.name.
+
+class Prepared(NamedTuple):
+    """What `prepare` found or made."""
+    data: str  # the images: a folder, a zip, or "shapes"
+    subset: str  # the list of their classes to keep, or ""
+    tokenizer: str  # file
+    suffix: str  # of the run's name: "-shapes" where they stand in for Tiny ImageNet, else ""
+    vq: VQModel
+    train: TokenCache  # all crops of the training images
+    held_out: TokenCache  # centre crops alone
+
+
+def prepare(settings, device: torch.device, store) -> Prepared:
+    """From image set to token caches, as train.py needs them; `settings` has the fields of its Config.
+
+    Rank 0 finds the images and trains the tokenizer if there is none; all processes encode. They agree
+    through `store`, in which a key can be waited for without limit.
     Raises ValueError or OSError, in one sentence, for data that cannot be used.
     """
-    def agree(key, make):
-        if rank_and_world()[0] == 0:
+    rank = rank_and_world()[0]
+
+    def from_first(key, make):  # what rank 0 makes, for all processes
+        if rank == 0:
             store.set(key, json.dumps(make()))
         store.wait([key], timedelta(days=30))
         return json.loads(store.get(key))
 
+    def barrier(key):  # nobody goes on before rank 0 gets here
+        from_first(key, lambda: None)
+
     def find():
         data = find_images(settings.data)
-        path = settings.tokenizer or ready_tokenizer(
-            settings.cache, open_images(data), settings.image_size, settings.codes, settings.tokenizer_steps,
-            device=device, skip_corrupt=settings.skip_corrupt)
-        return data, str(path), settings.name + ("-shapes" if data == "shapes" != settings.data else "")
+        stand_in = data == "shapes" != settings.data
+        subset = "" if stand_in else settings.subset
+        images = open_images(data, "train", subset)
+        print(images.summary)
+        return data, subset, str(find_tokenizer(settings, images, device)), "-shapes" if stand_in else ""
 
-    named = settings.tokenizer != ""
-    settings.data, settings.tokenizer, settings.name = agree("found", find)
-    vq, caches = load_tokenizer(settings.tokenizer, device), []
-    if rank_and_world()[0] == 0 and not named:
-        print_quality(settings.tokenizer, vq, settings)
-    for split, ratios in (("train", settings.crop_ratios), ("val", ())):  # held out: centre crops alone
-        images = open_images(settings.data, split)
-        folder = cache_folder(settings.cache, cache_meta(images, vq, settings.image_size, ratios))
+    data, subset, path, suffix = from_first("found", find)
+    vq, caches = load_tokenizer(path, device), []
+    if rank == 0 and settings.tokenizer in ("shipped", "train"):
+        print_quality(path, vq, replace(settings, data=data, subset=subset))
+    for split, ratios in (("train", settings.crop_ratios), ("val", ())):
+        images = open_images(data, split, subset)
+        meta = cache_meta(images, vq, settings.image_size, ratios)
+        folder = cache_folder(settings.cache, meta)
         build_cache(folder, images, vq, settings.image_size, ratios, settings.skip_corrupt)
-        agree(split, lambda: "encoded")
-        caches.append(load_cache(folder))
-    return vq, *caches
+        barrier(split)
+        caches.append(load_cache(folder, meta))
+    return Prepared(data, subset, path, suffix, vq, *caches)
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
-def main() -> None:
-    """Parse the command line and run it."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command and its flags; what is impossible ends in argparse's SystemExit."""
+    both = argparse.ArgumentParser(add_help=False)
+    both.add_argument("--data", required=True, help="folder or zip of images, or: shapes")
+    both.add_argument("--subset", default="", help="file that lists the class folders to keep, one per line")
+    both.add_argument("--image-size", type=within(int, 1, 2048), default=32,
+                      help="side of the square crops, pixels")
+    both.add_argument("--skip-corrupt", action="store_true", help="leave bad images out, naming them")
+    both.add_argument("--device", default="", help="cpu, cuda or cuda:N; default: cuda if there is one")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["train", "encode"])
-    parser.add_argument("--data", required=True, help="folder or zip of images, or: shapes")
-    parser.add_argument("--tokenizer", help="tokenizer file, ours or vq_ds16_c2i.pt (encode)")
-    parser.add_argument("--out", required=True, help="tokenizer file or cache folder to write")
-    parser.add_argument("--image-size", type=int, default=32, help="side of the square crops, pixels")
-    parser.add_argument("--crop-ratios", type=float, nargs="*", default=[1.1],
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", parents=[both], help="train a tokenizer")
+    train.add_argument("--out", required=True, help="tokenizer file to write")
+    train.add_argument("--steps", type=within(int, 1, 10 ** 9), default=1000, help="training steps")
+    train.add_argument("--batch", type=within(int, 1, 10 ** 5), default=32, help="images per step")
+    train.add_argument("--codes", type=within(int, 2, UNREADABLE), default=1024, help="codebook size")
+    train.add_argument("--seed", type=within(int, 0, 2 ** 63 - 1), default=0)
+    encode = commands.add_parser("encode", parents=[both], help="write a token cache")
+    encode.add_argument("--tokenizer", required=True, help="tokenizer file, ours or vq_ds16_c2i.pt")
+    encode.add_argument("--out", required=True, help="cache folder to write")
+    encode.add_argument("--crop-ratios", type=within(float, 1, 10), nargs="*", default=[1.1],
                         help="ten crops for each of these enlargements; none: the centre crop alone")
-    parser.add_argument("--split", choices=["train", "val"], default="train", help="which images to encode")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps")
-    parser.add_argument("--batch", type=int, default=32, help="images per training step")
-    parser.add_argument("--codes", type=int, default=1024, help="codebook size (train)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave bad images out, naming them")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    if args.command == "encode" and not args.tokenizer:
-        parser.error("encode needs --tokenizer FILE")
+    encode.add_argument("--split", choices=["train", "val"], default="train", help="which images to encode")
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; None: this process's own. Raises ValueError or OSError for a user's mistake."""
+    args = parse_arguments(argv)
+    device, first = choose_device(args.device), rank_and_world()[0] == 0
     if args.command == "train":
+        check_output(args.out)
+        images = open_images(args.data, "train", args.subset)
+        print(images.summary)
         config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=args.codes)
-        vq = train_tokenizer(open_images(args.data), args.image_size, config, args.steps, args.batch,
-                             seed=args.seed, device=args.device, skip_corrupt=args.skip_corrupt)
+        vq = train_tokenizer(images, args.image_size, config, args.steps, args.batch, seed=args.seed,
+                             device=device, skip_corrupt=args.skip_corrupt)
         save_tokenizer(args.out, vq)
         print_quality(args.out, vq, args)
         return
-    vq = load_tokenizer(args.tokenizer, args.device)
-    build_cache(args.out, open_images(args.data, args.split), vq, args.image_size, tuple(args.crop_ratios),
-                args.skip_corrupt)
+    vq, images = load_tokenizer(args.tokenizer, device), open_images(args.data, args.split, args.subset)
+    if first:
+        print(images.summary)
+    build_cache(args.out, images, vq, args.image_size, tuple(args.crop_ratios), args.skip_corrupt)
+    if first:
+        N, V, T = load_cache(args.out).tokens.shape
+        print(f"{args.out}: {N:,} images x {V} views x {T} codes")
 
 
 if __name__ == "__main__":
@@ -949,3 +1301,6 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
         sys.exit(f"tokenizer.py: {error}")
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on with an encoding; a tokenizer in training is lost.")
+        sys.exit(130)

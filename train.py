@@ -8,7 +8,8 @@ ten crops per image are cached. The model is in model.py, the losses are in loss
     torchrun --nproc-per-node 8 train.py --preset small --losses ar   # the baseline; or ar+mim, ar+mim+view
     python train.py --preset tiny --resume                            # go on where a run stopped
 
-Shapes in comments: B images, V views of each, T tokens, K positions, C width.
+Choices are tagged "paper:", "LlamaGen:" (its train_c2i.py) or "our choice:". Shapes in comments: B images of
+this process, V views of each, T tokens, K positions, C width, n codes.
 """
 
 import argparse
@@ -18,12 +19,14 @@ import json
 import math
 import os
 import re
-import resource
+import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import Field, asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -45,10 +49,12 @@ from model import SIZES, ModelConfig, Transformer, load_checkpoint, load_model
 @dataclass
 class Config:
     """Every setting of a run. A field is a flag, its comment the help text; a preset changes the defaults."""
+    preset: str = "tiny"  # the defaults of all settings below
     name: str = ""  # run folder below runs/; default: the preset, with the losses if not all are on
     # data
     data: str = ""  # folder or zip of images, or: shapes; default: Tiny ImageNet, downloaded to data/
-    tokenizer: str = ""  # tokenizer file; default: train one for these images
+    subset: str = ""  # text file with the class folders to keep, one per line; default: all
+    tokenizer: str = "train"  # a file, or: shipped (with the code), or: train (one for these images)
     tokenizer_steps: int = 20000  # training steps of that tokenizer
     codes: int = 1024  # codebook size of that tokenizer
     image_size: int = 32  # side of the square crops, pixels
@@ -57,33 +63,33 @@ class Config:
     skip_corrupt: bool = False  # leave unreadable images out, naming them
     # model
     model: str = "tiny"  # a row of model.SIZES
-    dropout: float = 0.1  # of tokens, attention and feed-forward outputs
+    dropout: float = 0.1  # LlamaGen: of tokens, attention and feed-forward outputs
     init: str = ""  # checkpoint to start from, ours or LlamaGen's
     # method
     losses: str = "ar+mim+step+view"  # ar, plus any of mim, step, view
-    views: int = 2  # views of each image in a batch (V)
-    mask_ratio: float = 0.25  # share of the keys hidden from the student (r); only if mim is on
-    positions: int = 4  # positions sampled for the contrastive losses (K)
-    depth: int = 3  # the block whose outputs they compare
-    alpha: float = 1.0  # weight of L_MIM
-    beta: float = 0.5  # weight of (L_step + L_view) / 2
-    temperature: float = 0.2  # of InfoNCE; the paper prints none
-    ema: float = 0.99  # decay of the teacher (m)
-    ema_ramp: bool = True  # raise the decay to 1 along half a cosine, for runs far shorter than the paper's
-    class_dropout: float = 0.1  # share of labels replaced by the null class, for guidance
+    views: int = 2  # paper: views of each image in a batch (V)
+    mask_ratio: float = 0.25  # paper: share of the keys hidden from the student (r); only if mim is on
+    positions: int = 4  # paper: positions sampled for the contrastive losses (K)
+    depth: int = 3  # the block whose outputs they compare; paper: the middle one
+    alpha: float = 1.0  # paper: weight of L_MIM
+    beta: float = 0.5  # paper: weight of (L_step + L_view) / 2
+    temperature: float = 0.2  # our choice: of InfoNCE; the paper prints none
+    ema: float = 0.99  # decay of the teacher (m); paper: 0.9999
+    ema_ramp: bool = True  # our choice for short runs: raise the decay to 1 along half a cosine
+    class_dropout: float = 0.1  # LlamaGen: share of labels replaced by the null class, for guidance
     # optimisation
     epochs: int = 50  # passes over the images
     steps: int = 0  # optimizer steps; 0: as many as the epochs take
-    batch: int = 256  # images per step, over all processes
+    batch: int = 256  # LlamaGen: images per step, over all processes
     accumulate: int = 1  # micro-batches per step; negatives then come from the micro-batch
     base_lr: float = 1e-3  # learning rate per 256 images; the rate is base_lr * batch / 256
     warmup: int = 100  # steps of linear warm-up
     schedule: str = "cosine"  # cosine (down to 5 %) or constant
-    weight_decay: float = 0.05  # of matrices, embeddings included
-    clip: float = 1.0  # largest gradient norm
+    weight_decay: float = 0.05  # LlamaGen: of matrices, embeddings included
+    clip: float = 1.0  # LlamaGen: largest gradient norm
     # run
     seed: int = 0  # of everything random
-    device: str = ""  # cuda or cpu; default: cuda if there is one
+    device: str = ""  # cpu, cuda or cuda:N; default: cuda if there is one
     compile: bool = True  # torch.compile on cuda
     log_every: int = 10  # steps between lines of metrics.jsonl
     save_every: int = 500  # steps between checkpoints, validation losses and sample grids
@@ -91,94 +97,123 @@ class Config:
     samples: int = 40  # images in a sample grid; 0: none
     sample_cfg: float = 2.0  # guidance scale of the sample grid
 
+    @property
+    def terms(self) -> list[str]:
+        """The terms of Eq. 8 that are on: "ar" and any of "mim", "step", "view"."""
+        return self.losses.split("+")
 
-PAPER = dict(image_size=256, crop_ratios=(1.1, 1.05), ema=0.9999, ema_ramp=False, base_lr=1e-4, warmup=0,
-             schedule="constant", samples=8, sample_cfg=4.0, save_every=5000)  # with the defaults above
+    @property
+    def folder(self) -> Path:
+        return Path("runs", self.name)
+
+
+RANGES = {  # the lowest and the highest value of each number
+    "tokenizer_steps": (1, math.inf), "codes": (2, 65535), "image_size": (8, 4096), "crop_ratios": (1, 10),
+    "dropout": (0, 0.9), "views": (1, math.inf), "mask_ratio": (0, 0.99), "positions": (1, math.inf),
+    "depth": (1, math.inf), "alpha": (0, math.inf), "beta": (0, math.inf), "temperature": (1e-3, 1e3),
+    "ema": (0, 1), "class_dropout": (0, 1), "epochs": (1, math.inf), "steps": (0, math.inf),
+    "batch": (1, math.inf), "accumulate": (1, math.inf), "base_lr": (1e-12, math.inf),
+    "warmup": (0, math.inf), "weight_decay": (0, math.inf), "clip": (1e-6, math.inf),
+    "seed": (0, 2 ** 32 - 1), "log_every": (1, math.inf), "save_every": (1, math.inf),
+    "eval_images": (1, math.inf), "samples": (0, 1000), "sample_cfg": (1, 100),
+}
+PAPER = dict(ema=0.9999, ema_ramp=False, depth=6,  # paper: these, and Config's defaults tagged so
+             image_size=256, crop_ratios=(1.1, 1.05), base_lr=1e-4, warmup=0, schedule="constant",  # LlamaGen
+             samples=8, sample_cfg=4.0, save_every=5000)  # our choice
 PRESETS = {
     "nano": dict(data="shapes", codes=256, tokenizer_steps=400, model="nano", depth=2, steps=600, batch=32,
-                 base_lr=1.6e-2, warmup=50, save_every=100, eval_images=200),
-    "tiny": dict(batch=512, base_lr=5e-4, warmup=500),
-    "small": dict(image_size=64, model="small", depth=6, ema=0.996, base_lr=8e-4, warmup=1000),
-    "B": dict(model="B", depth=6, **PAPER),
-    "L": dict(model="L", depth=18, **PAPER),  # paper: layer 18 of 24, although it calls it the middle
-    "XL": dict(model="XL", depth=18, **PAPER),
+                 base_lr=2e-3 * 256 / 32, warmup=50, save_every=100, eval_images=200),
+    "tiny": dict(tokenizer="shipped", batch=512, base_lr=5e-4, warmup=500),
+    "small": dict(tokenizer="shipped", image_size=64, model="small", depth=6, ema=0.996, base_lr=8e-4,
+                  warmup=1000),
+    "B": PAPER | dict(model="B"),
+    "L": PAPER | dict(model="L", depth=18),  # paper: layer 18 of 24, although it calls it the middle
+    "XL": PAPER | dict(model="XL", depth=18),
 }
-CHOICES = {"model": list(SIZES), "schedule": ["cosine", "constant"]}
-ON_CPU = {  # what a CPU runs instead, said loudly
-    "tiny": dict(tokenizer_steps=1500, dropout=0.0, steps=800, batch=24, base_lr=2.1e-2, warmup=50,
-                 save_every=200, eval_images=250),
-    "small": dict(tokenizer_steps=500, dropout=0.0, steps=300, batch=8, base_lr=3.2e-2, warmup=50,
+CHOICES = {"preset": list(PRESETS), "model": list(SIZES), "schedule": ["cosine", "constant"]}
+TWENTY = str(Path(__file__).with_name("assets") / "tiny-imagenet-20.txt")  # to encode all 200 takes hours
+ON_CPU = {  # what a CPU runs instead, said loudly; the subset is that of Tiny ImageNet, not of --data
+    "tiny": dict(subset=TWENTY, model="nano", depth=2, dropout=0.0, steps=3000, batch=32,
+                 base_lr=2e-3 * 256 / 32, warmup=100, save_every=500, eval_images=1000),
+    "small": dict(subset=TWENTY, dropout=0.0, steps=300, batch=8, base_lr=1e-3 * 256 / 8, warmup=50,
                   save_every=100, eval_images=50),
 }
 
 
-def parse_arguments(argv: list[str]) -> tuple[Config, dict, bool]:
-    """(config, flags given by hand, whether to resume); the flags are the fields of `Config`."""
-    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
+def add_flag(parser: argparse.ArgumentParser, field: Field, comment: str) -> None:
+    """Give `parser` the flag of one field of `Config`; numbers must be finite and within RANGES."""
+    flag = "--" + field.name.replace("_", "-")
+    text = comment if field.default == "" else f"{comment} (default {field.default})"
+    text = text.replace("%", "%%")
+    if field.type is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif field.name == "crop_ratios":
+        parser.add_argument(flag, type=tokenizer.within(float, *RANGES[field.name]), nargs="+", help=text)
+    elif field.name in RANGES:
+        parser.add_argument(flag, type=tokenizer.within(field.type, *RANGES[field.name]), help=text)
+    else:
+        parser.add_argument(flag, choices=CHOICES.get(field.name), help=text)
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
+    """(config, flags given by hand, whether to resume); the flags are the fields of `Config`.
+
+    Raises SystemExit, after one sentence, for a flag that argparse refuses, ValueError for a device or a name
+    that cannot be.
+    """
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
+                                     usage="train.py [--preset NAME] [--resume] [--SETTING VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="changes the defaults below")
     parser.add_argument("--resume", action="store_true", default=False, help="go on where the run stopped")
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
     for field in fields(Config):
-        how = dict(action=argparse.BooleanOptionalAction) if field.type is bool else \
-            dict(type=float, nargs="*") if field.name == "crop_ratios" else \
-            dict(type=field.type, choices=CHOICES.get(field.name))
-        shown = "" if field.default == "" else f" (default {field.default})"
-        parser.add_argument("--" + field.name.replace("_", "-"), **how,
-                            help=(comments[field.name] + shown).replace("%", "%%"))
+        add_flag(parser, field, comments[field.name])
     given = vars(parser.parse_args(argv))
-    preset, resume = given.pop("preset"), given.pop("resume")
-    given |= {"crop_ratios": tuple(given["crop_ratios"])} if "crop_ratios" in given else {}
-    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    short = ON_CPU.get(preset, {}) if device == "cpu" and not resume else {}
-    if short and tokenizer.rank_and_world()[0] == 0:
-        print(f"!! No GPU: --preset {preset} runs a shortened schedule: {short}")
-    config = Config(**PRESETS[preset] | short | {"device": device} | given)
-    config.steps = 0 if "epochs" in given and "steps" not in given else config.steps
-    suffix = "" if config.losses == Config.losses else "-" + config.losses.replace("+", "-")
-    config.name = config.name or preset + suffix
+    resume = given.pop("resume")
+    if "crop_ratios" in given:
+        given["crop_ratios"] = tuple(given["crop_ratios"])
+
+    preset = given.get("preset", Config.preset)
+    device = given.get("device", "") or tokenizer.choose_device().type
+    settings = PRESETS[preset] | {"device": device}
+    if tokenizer.choose_device(device).type == "cpu" and preset in ON_CPU and not resume:
+        settings |= ON_CPU[preset] | ({"subset": ""} if "data" in given else {})
+        if tokenizer.rank_and_world()[0] == 0:
+            print(f"!! No GPU: --preset {preset} is smaller and shorter here: {ON_CPU[preset]}")
+    if given.keys() & {"codes", "tokenizer_steps"}:  # these ask for a tokenizer of one's own
+        settings["tokenizer"] = "train"
+    config = Config(**settings | given)
+    if "epochs" in given and "steps" not in given:
+        config.steps = 0
+    if not config.name:
+        all_on = config.losses == Config.losses
+        config.name = preset if all_on else f"{preset}-{config.losses.replace('+', '-')}"
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", config.name):
+        raise ValueError(f"--name {config.name!r} is a folder in runs/: use letters, digits, . _ + and -.")
     return config, given, resume
 
 
 def check_config(c: Config, world: int) -> None:
-    """Raise ValueError, in one sentence, for settings that cannot work."""
-    on, layers, crops = c.losses.split("+"), SIZES[c.model][0], 10 * len(c.crop_ratios)
+    """Raise ValueError, in one sentence, for settings that are not possible together."""
+    on, layers, crops = c.terms, SIZES[c.model][0], 10 * len(c.crop_ratios)
     for wrong, sentence in (
         (on[0] != "ar" or not set(on[1:]) <= {"mim", "step", "view"} or len(set(on)) < len(on),
          f"--losses {c.losses}: write ar, or ar plus some of mim, step, view, as in ar+mim+view"),
-        (not 1 <= c.depth <= layers, f"--depth {c.depth}: model {c.model} has layers 1 ... {layers}"),
-        (min(c.crop_ratios, default=0) < 1, "--crop-ratios are at least 1, and there is at least one"),
+        (c.depth > layers, f"--depth {c.depth}: model {c.model} has layers 1 ... {layers}"),
         (not 1 + ("view" in on) <= c.views <= crops,
          f"--views {c.views}: an image has {crops} crops, and the view loss compares at least 2"),
         ("step" in on and c.positions < 2, "the step loss compares at least 2 --positions"),
-        (c.accumulate < 1 or c.batch < 1 or c.batch % (world * c.accumulate) > 0,
+        (c.batch % (world * c.accumulate) > 0,
          f"--batch {c.batch} must be a multiple of {world} process(es) x {c.accumulate} micro-batch(es)"),
         (len(on) > 1 and c.batch < 2 * c.accumulate, "the added losses need 2 images at a time"),
-        (not all(0 <= x <= 1 for x in (c.ema, c.class_dropout, c.dropout)),
-         "--ema, --class-dropout and --dropout must lie in [0, 1]"),
-        (min(c.temperature, c.base_lr, c.clip, c.log_every, c.save_every, c.eval_images) <= 0,
-         "--temperature, --base-lr, --clip, --log-every, --save-every and --eval-images must be positive"),
-        (c.image_size > 64 and not (c.data and c.tokenizer), "this preset needs --data DIR, ImageNet's, and "
-         "--tokenizer vq_ds16_c2i.pt, published at huggingface.co/FoundationVision/LlamaGen"),
-        (c.device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: no CUDA device here"),
+        (c.image_size > 64 and not (c.data and Path(c.tokenizer).suffix), "this preset needs --data DIR, "
+         "ImageNet's, and --tokenizer vq_ds16_c2i.pt, published at huggingface.co/FoundationVision/LlamaGen"),
     ):
         if wrong:
             raise ValueError(sentence + ".")
 
 
-# ---- Processes, data, batches ------------------------------------------------------------------------------
-
-def meet(device: str) -> tuple[int, int, torch.device, dist.Store]:
-    """(rank, processes, this process's device, a store they share).
-
-    No group yet: rank 0 may train a tokenizer for an hour. A key can be waited for, a collective times out.
-    """
-    rank, world = tokenizer.rank_and_world()
-    device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return rank, world, device, dist.HashStore() if world == 1 else next(iter(dist.rendezvous("env://")))[0]
-
+# ---- Batches -----------------------------------------------------------------------------------------------
 
 def seed_of(*key: int) -> int:
     """A seed that is a function of `key` alone: randomness has no state to save, and all processes agree."""
@@ -192,95 +227,113 @@ def image_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 class Batch(NamedTuple):
-    """What one process computes at a time."""
+    """What one process computes with in one step."""
     tokens: torch.Tensor  # (B, V, T) int64
     classes: torch.Tensor  # (B,) int64, the null class where the label was dropped
-    key_mask: torch.Tensor  # (B V, T) bool
+    key_mask: torch.Tensor  # (B V, T) bool, True where a key is hidden from the student
     positions: torch.Tensor  # (K,) int64
 
 
-def draw_batch(config: Config, cache: tokenizer.TokenCache, step: int, part: int, parts: int) -> Batch:
-    """Part `part` of `parts` of the batch of `step`, on the CPU.
+def draw_batch(config: Config, cache: tokenizer.TokenCache, step: int, rank: int, world: int) -> Batch:
+    """The part of process `rank` of `world` in the batch of `step`, on the CPU.
 
-    Views, label drops, masks and positions are drawn for the whole batch and then sliced, so that any
-    number of processes and micro-batches sees the same. A label is dropped once per image: student, teacher
-    and both views see the same class, or the teacher would give it away.
+    Views, label drops, masks and positions are drawn for the whole batch and then sliced, so that any number
+    of processes sees the same.
+    our choice: a label is dropped once per image. Student, teacher and both views see the same class, or the
+    teacher would give it away.
     """
-    B, V, T = config.batch, config.views, cache.tokens.shape[2]
+    B_all, V, T = config.batch, config.views, cache.tokens.shape[2]
     rows = np.flatnonzero(cache.labels >= 0)  # the images that could be read
-    epoch, i = divmod(step, len(rows) // B)
-    images = rows[image_order(config.seed, epoch, len(rows))[i * B:(i + 1) * B]]  # all different
+    epoch, i = divmod(step, len(rows) // B_all)
+    images = rows[image_order(config.seed, epoch, len(rows))[i * B_all:(i + 1) * B_all]]  # all different
     g = torch.Generator().manual_seed(seed_of(config.seed, 1, step))
-    views = torch.rand(B, cache.tokens.shape[1], generator=g).argsort(1)[:, :V].numpy()  # V different crops
-    dropped = torch.rand(B, generator=g) < config.class_dropout
-    key_mask = losses.sample_key_mask(B * V, T, config.mask_ratio, g)
+    views = torch.rand(B_all, cache.tokens.shape[1], generator=g).argsort(1)[:, :V].numpy()  # different crops
+    dropped = torch.rand(B_all, generator=g) < config.class_dropout
+    key_mask = losses.sample_key_mask(B_all * V, T, config.mask_ratio, g)
     positions = losses.sample_positions(T, config.positions, g)
 
-    mine = slice(part * B // parts, (part + 1) * B // parts)
+    mine = slice(rank * B_all // world, (rank + 1) * B_all // world)
     tokens = torch.from_numpy(cache.tokens[images[mine, None], views[mine]].astype(np.int64))  # (B, V, T)
     null = len(cache.meta["classes"])
     classes = torch.from_numpy(cache.labels[images[mine]]).masked_fill(dropped[mine], null)
-    return Batch(tokens, classes, key_mask.view(B, V, T)[mine].flatten(0, 1), positions)
+    return Batch(tokens, classes, key_mask.view(B_all, V, T)[mine].flatten(0, 1), positions)
 
 
 # ---- The training step: Figure 3 of the paper --------------------------------------------------------------
 
-class Student(nn.Module):
-    """The model and its projector as one module, so that DDP averages the gradients of both."""
+class Objective(nn.Module):
+    """Student, projector and teacher, and what a step makes of them: Eq. 8 on a batch.
 
-    def __init__(self, model: Transformer, depth: int, contrast: bool):
+    One module, so that DDP averages the gradients of model and projector together, and torch.compile makes
+    one graph of networks and losses, in which the logits, the largest tensor, are never stored in float32.
+    """
+
+    def __init__(self, config: Config, student: Transformer, rank: int = 0):
         super().__init__()
-        self.model, self.depth = model, depth
-        self.projector = losses.projector(model.config.dim) if contrast else nn.Identity()
+        self.config, self.rank = config, rank
+        self.student = student
+        contrast_on = "step" in config.terms or "view" in config.terms
+        self.projector = losses.projector(student.config.dim) if contrast_on else nn.Identity()
+        self.teacher = copy.deepcopy(student).eval().requires_grad_(False)  # no dropout, ever
 
-    def forward(self, tokens, classes, key_mask, positions):
-        """(B, T-1), (B,), (B, T) or None, (K,) -> logits (B, T, V), last hidden (B, T, C), z (B, K, C)."""
-        last = self.model.config.n_layer
-        logits, hidden, _ = self.model(tokens, classes, key_mask=key_mask, layers=(self.depth, last))
-        return logits, hidden[last], self.projector(hidden[self.depth][:, positions])  # z of Eq. 5
+    def forward(self, tokens, classes, key_mask, positions) -> dict[str, torch.Tensor]:
+        """The four parts of a `Batch` -> {"loss": Eq. 8, "loss_ar": its first term, ..., "acc_step": ...}."""
+        V, depth, last = self.config.views, self.config.depth, self.student.config.n_layer
+        mim_on, step_on, view_on = (term in self.config.terms for term in ("mim", "step", "view"))
+        masking_on = mim_on  # paper: the student's keys are hidden exactly when L_MIM is on
+        tokens = tokens.flatten(0, 1)  # (B V, T): all views in one batch
+        inputs = tokens[:, :-1], classes.repeat_interleave(V)  # x_1 ... x_{T-1} and c, of each view
 
+        hidden_keys = key_mask if masking_on else None
+        logits, hidden, _ = self.student(*inputs, key_mask=hidden_keys, layers=(depth, last))
+        terms, log = {"ar": losses.ar_loss(logits, tokens)}, {}  # Eq. 2, under the mask of Eq. 3
+        if mim_on or step_on or view_on:
+            with torch.no_grad():  # nothing hidden, no gradient, no logits; blocks as far as needed
+                layers = (depth, last) if mim_on else (depth,)
+                target = self.teacher(*inputs, layers=layers, head=False).hidden
+        if mim_on:
+            terms["mim"] = losses.mim_loss(hidden[last], target[last])  # Eq. 4
+        if step_on or view_on:
+            def by_slot(x):  # (B V, K, C) -> (V, K, B, C)
+                return x.unflatten(0, (-1, V)).permute(1, 2, 0, 3)
 
-def compute_losses(student: nn.Module, teacher: nn.Module, batch: Batch, config: Config,
-                   rank: int) -> dict[str, torch.Tensor]:
-    """{"loss": Eq. 8, "loss_ar": its first term, ...} on one batch, and what to log beside it."""
-    on, V, last = config.losses.split("+"), config.views, SIZES[config.model][0]
-    mask_on, contrast_on = "mim" in on, "step" in on or "view" in on
-    tokens = batch.tokens.flatten(0, 1)  # (B V, T): all views in one batch
-    inputs, classes = tokens[:, :-1], batch.classes.repeat_interleave(V)  # [c, x_1 ... x_{T-1}]
-
-    logits, h_last, z = student(inputs, classes, batch.key_mask if mask_on else None, batch.positions)
-    terms, log = {"ar": losses.ar_loss(logits, tokens)}, {}  # Eq. 2, under the mask of Eq. 3
-    if mask_on or contrast_on:
-        with torch.no_grad():  # no mask, no dropout, no gradient, no logits; blocks as far as needed
-            layers = (config.depth, last) if mask_on else (config.depth,)
-            h = teacher(inputs, classes, layers=layers, head=False).hidden
-    if mask_on:
-        terms["mim"] = losses.mim_loss(h_last, h[last])  # Eq. 4
-    if contrast_on:
-        def by_slot(x):  # (B V, K, C) -> (V, K, B, C)
-            return x.unflatten(0, (-1, V)).permute(1, 2, 0, 3)
-
-        z, h = by_slot(z), losses.gather_images(by_slot(h[config.depth][:, batch.positions]), dim=2)
-        for name, loss in (("step", losses.step_loss), ("view", losses.view_loss)):  # Eqs. 6 and 7
-            if name in on:
-                terms[name], log[f"acc_{name}"] = loss(z, h, config.temperature, rank * z.shape[2])
-        log["acc_label"] = losses.label_accuracy(losses.gather_images(batch.classes, dim=0))
-        log["negatives"] = torch.tensor(h.shape[2] - 1.0)
-    total = losses.total_loss(terms, config.alpha, config.beta)  # Eq. 8
-    return {"loss": total} | {f"loss_{name}": term for name, term in terms.items()} | log
+            z = by_slot(self.projector(hidden[depth][:, positions]))  # (V, K, B, C), Eq. 5
+            target = losses.gather_images(by_slot(target[depth][:, positions]), dim=2)  # (V, K, B_all, C)
+            own_start = self.rank * z.shape[2]  # of this process's images among those of all
+            for name, on, loss in (("step", step_on, losses.step_loss), ("view", view_on, losses.view_loss)):
+                if on:  # Eqs. 6 and 7
+                    terms[name], log[f"acc_{name}"] = loss(z, target, self.config.temperature, own_start)
+            log["acc_label"] = losses.label_accuracy(losses.gather_images(classes, dim=0))
+        total = losses.total_loss(terms, self.config.alpha, self.config.beta)  # Eq. 8
+        return {"loss": total} | {f"loss_{name}": term for name, term in terms.items()} | log
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
-    """Linear warm-up, then constant (LlamaGen) or half a cosine down to 5 %."""
+    """Linear warm-up, then constant (LlamaGen) or half a cosine down to 5 % (our choice)."""
     rate = config.base_lr * config.batch / 256 * min(1, (step + 1) / max(config.warmup, 1))
+    if config.schedule == "constant":
+        return rate
     decay = (1 + math.cos(math.pi * step / steps)) / 2
-    return rate if config.schedule == "constant" else rate * (0.05 + 0.95 * decay)
+    return rate * (0.05 + 0.95 * decay)
 
 
 def ema_decay(config: Config, step: int, steps: int) -> float:
     """paper: constant 0.9999, which takes some 10^5 steps. our choice for short runs: BYOL's ramp to 1."""
     left = (1 + math.cos(math.pi * step / steps)) / 2 if config.ema_ramp else 1
     return 1 - (1 - config.ema) * left
+
+
+def make_optimizer(objective: Objective, config: Config) -> torch.optim.Optimizer:
+    """AdamW over student and projector.
+
+    LlamaGen: matrices are decayed, embeddings included, norms and biases are not; beta2 = 0.95 (the paper
+    prints 0.05 beside "same setting as LlamaGen": a typo).
+    """
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
@@ -291,108 +344,178 @@ class Run(NamedTuple):
     rank: int
     world: int  # processes
     device: torch.device
+    bfloat16: bool  # whether to run the networks in it, under autocast
     vq: tokenizer.VQModel
     cache: tokenizer.TokenCache
     held_out: tokenizer.TokenCache
-    student: Student
-    teacher: Transformer
+    objective: Objective
     optimizer: torch.optim.Optimizer
     start: int  # steps done before
     steps: int  # to do in all
 
 
-def read_run(config: Config, given: dict, resume: bool) -> tuple[Config, dict]:
-    """(config, checkpoint) of the run to go on with, whose settings stand; (config, {}) for a new run.
+def refuse_used_folder(config: Config) -> None:
+    """Raise ValueError or OSError, in one sentence, if a new run cannot be written to its folder."""
+    if any((config.folder / name).exists() for name in ("checkpoint.pt", "previous.pt", "metrics.jsonl")):
+        raise ValueError(f"{config.folder} exists; go on with it (--resume) or choose another --name.")
+    tokenizer.check_output(config.folder / "checkpoint.pt")
 
-    Raises FileNotFoundError or ValueError if there is nothing to resume, or the run contradicts or exists.
+
+def read_run(config: Config, given: dict) -> tuple[Config, dict]:
+    """(config, checkpoint) of the run to go on with; its settings stand, `given` may not contradict them.
+
+    Raises FileNotFoundError or ValueError, in one sentence, if there is nothing to resume, the checkpoint is
+    damaged or incomplete, or settings or tokenizer are others.
     """
-    path = Path("runs", config.name, "checkpoint.pt")
-    if not resume:
-        if path.exists() and tokenizer.rank_and_world()[0] == 0:
-            raise ValueError(f"{path.parent} exists; go on with it (--resume) or choose another --name.")
-        return config, {}
-    if not path.is_file():
+    folder, path, previous = config.folder, config.folder / "checkpoint.pt", config.folder / "previous.pt"
+    if not path.exists() and not previous.exists():
         there = sorted(other.parent.name for other in Path("runs").glob("*/checkpoint.pt"))
-        raise FileNotFoundError(f"nothing to resume in {path.parent}; --name can be one of {there}.")
-    checkpoint = load_checkpoint(path)
-    saved = Config(**checkpoint["config"])
-    if path.with_name("tokenizer.pt").exists():
-        saved.tokenizer = str(path.with_name("tokenizer.pt"))
-    saved.device, free = config.device, {"data", "tokenizer", "cache", "compile", "log_every"}
+        raise FileNotFoundError(f"nothing to resume in {folder}; --name can be one of {there}.")
+    try:
+        checkpoint = load_checkpoint(path)
+        lacking = {"ema", "projector", "optimizer", "step", "config", "data"} - checkpoint.keys()
+        if lacking:
+            raise ValueError(f"{path} lacks {', '.join(sorted(lacking))} and cannot be resumed.")
+    except (ValueError, OSError) as error:
+        if previous.exists():
+            raise ValueError(f"{error} The checkpoint before it is kept: rename {previous} to checkpoint.pt "
+                             "and resume.") from None
+        raise
+    try:
+        saved = Config(**checkpoint["config"])
+    except TypeError:
+        raise ValueError(f"{path} was written by another version of train.py; resume it with that.") from None
+    saved.device = config.device
+    free = {"data", "subset", "tokenizer", "cache", "skip_corrupt", "compile", "log_every"}
     for name in given.keys() - free:
         if getattr(saved, name) != given[name]:
-            raise ValueError(f"{path.parent} has {name} = {getattr(saved, name)}, not {given[name]}; choose "
+            raise ValueError(f"{folder} has {name} = {getattr(saved, name)}, not {given[name]}; choose "
                              "another --name for new settings.")
-    return replace(saved, **given), checkpoint
+    if (folder / "tokenizer.pt").exists():
+        saved.tokenizer = str(folder / "tokenizer.pt")
+    config = replace(saved, **given)
+    vq = tokenizer.load_tokenizer(config.tokenizer)
+    if tokenizer.fingerprint(vq) != checkpoint["data"]["tokenizer"]:
+        raise ValueError(f"{config.tokenizer} is not the tokenizer that {folder} was trained with; name that "
+                         "with --tokenizer FILE.")
+    return config, checkpoint
 
 
-def set_up(config: Config, given: dict, resume: bool) -> Run:
-    """Everything before the first step, from data to models; also joins the processes."""
-    rank, world, device, store = meet(config.device)
-    config, checkpoint = read_run(config, given, resume)
-    check_config(config, world)
-    vq, cache, held_out = tokenizer.prepare(config, device, store)
-    read_run(config, given, resume)  # again, as prepare may have renamed the run
-    images = int((cache.labels >= 0).sum())
+def check_data(config: Config, cache: tokenizer.TokenCache, checkpoint: dict) -> None:
+    """Raise ValueError, in one sentence, if the codes are too few or not those that the run began with."""
+    images, T = int((cache.labels >= 0).sum()), cache.tokens.shape[2]
     if images < config.batch:
         raise ValueError(f"{config.data} has {images} training images, fewer than --batch {config.batch}.")
-    draw_batch(config, cache, 0, 0, 1)  # refuses an impossible mask ratio or K now rather than later
+    if config.positions >= T:
+        raise ValueError(f"--positions {config.positions}: an image has {T - 1} behind the class.")
+    before = checkpoint.get("data", cache.meta)
+    others = [key for key in cache.meta if key != "source" and cache.meta[key] != before.get(key)]
+    if others:
+        raise ValueError(f"{config.folder} was trained on other data than {config.data} gives now (another "
+                         f"{', '.join(others)}); name its images with --data.")
+
+
+def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
+    """Everything before the first step, from data to models; also joins the processes.
+
+    Rank 0 locks the run's folder for as long as `held` is open. Raises ValueError or OSError, in one
+    sentence, for whatever the user can mend.
+    """
+    rank, world = tokenizer.rank_and_world()
+    device = tokenizer.choose_device(config.device)
+    # no process group yet: rank 0 may train a tokenizer for an hour; a key can be waited for that long
+    store = dist.HashStore() if world == 1 else next(iter(dist.rendezvous("env://")))[0]
+    checkpoint = {}
+    if resume:
+        if rank == 0 and config.folder.is_dir():
+            held.enter_context(tokenizer.locked(config.folder))
+        config, checkpoint = read_run(config, given)
+    elif rank == 0:
+        refuse_used_folder(config)
+    check_config(config, world)
+    init = load_model(config.init, image_size=config.image_size)[0] if config.init else None
+    found = tokenizer.prepare(config, device, store)
+    config = replace(config, data=found.data, subset=found.subset, tokenizer=found.tokenizer,
+                     name=config.name + found.suffix)
+    vq, cache, held_out = found.vq, found.train, found.held_out
+    check_data(config, cache, checkpoint)
+    if rank == 0 and not resume:
+        held.enter_context(tokenizer.locked(config.folder))
+        refuse_used_folder(config)  # again: prepare may have renamed the run, or another has come first
 
     torch.manual_seed(config.seed)
-    model = Transformer(ModelConfig(
-        *SIZES[config.model], vocab_size=cache.meta["codebook_size"], num_classes=len(cache.meta["classes"]),
+    n_layer, n_head, dim = SIZES[config.model]
+    student = Transformer(ModelConfig(
+        n_layer, n_head, dim, vocab_size=cache.meta["codebook_size"], num_classes=len(cache.meta["classes"]),
         num_tokens=cache.tokens.shape[2], dropout=config.dropout))
-    if config.init:
-        first, _ = load_model(config.init, image_size=config.image_size)
-        if replace(first.config, dropout=config.dropout) != model.config:
-            raise ValueError(f"--init {config.init} is {first.config}, but this run needs {model.config}.")
-        model.load_state_dict(first.state_dict())
-    student = Student(model, config.depth, "step" in config.losses or "view" in config.losses).to(device)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    matrices = [p for p in student.parameters() if p.ndim >= 2]  # LlamaGen decays these, embeddings included,
-    vectors = [p for p in student.parameters() if p.ndim < 2]  # but no norms and no biases
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
-                                   dict(params=vectors, weight_decay=0.0)],
-                                  betas=(0.9, 0.95), fused=True)  # the paper prints beta2 = 0.05, a typo
-    if checkpoint:
-        if checkpoint["data"] != cache.meta:
-            raise ValueError(f"runs/{config.name} was trained on other codes than {config.data} gives: other "
-                             "images or another tokenizer.")
-        model.load_state_dict(checkpoint["model"])
-        teacher.load_state_dict(checkpoint["ema"])
-        student.projector.load_state_dict(checkpoint["projector"])
+    if init is not None:
+        if replace(init.config, dropout=config.dropout) != student.config:
+            raise ValueError(f"--init {config.init} is {init.config}, but this run needs {student.config}.")
+        student.load_state_dict(init.state_dict())
+    objective = Objective(config, student, rank).to(device)
+    optimizer = make_optimizer(objective, config)
+    if resume:
+        student.load_state_dict(checkpoint["model"])
+        objective.teacher.load_state_dict(checkpoint["ema"])
+        objective.projector.load_state_dict(checkpoint["projector"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     if world > 1:
         dist.init_process_group(store=store, rank=rank, world_size=world)  # NCCL on GPUs, gloo on CPUs
-    return Run(config, rank, world, device, vq, cache, held_out, student, teacher, optimizer,
+    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda" and rank == 0 and not bfloat16:
+        print("!! This GPU is too old for bfloat16 (Ampere is the first): training in float32, slower.")
+    images = int((cache.labels >= 0).sum())
+    return Run(config, rank, world, device, bfloat16, vq, cache, held_out, objective, optimizer,
                checkpoint.get("step", 0), config.steps or config.epochs * (images // config.batch))
 
 
-def train_step(run: Run, forward: nn.Module, teacher: nn.Module, step: int) -> dict[str, torch.Tensor]:
-    """One optimizer step, from the draw to the EMA update; returns what to log."""
-    config, parts, log = run.config, run.config.accumulate, {}
+def batches(run: Run) -> Iterator[Batch]:
+    """This process's batches of all steps to come, on its device.
+
+    A thread draws and copies the next one while this one is computed with: no step waits for its batch.
+    """
+    def prepared(step):
+        batch = draw_batch(run.config, run.cache, step, run.rank, run.world)
+        if run.device.type == "cuda":  # from pinned memory a copy does not hold up the host
+            batch = Batch(*(x.pin_memory() for x in batch))
+        return Batch(*(x.to(run.device, non_blocking=True) for x in batch))
+
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(prepared, run.start)
+        for step in range(run.start, run.steps):
+            batch = following.result()
+            following = thread.submit(prepared, step + 1)
+            yield batch
+
+
+def train_step(run: Run, forward: nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+    """One optimizer step, up to the EMA update; returns what to log. `forward` wraps run.objective.
+
+    Nothing in here waits for the device.
+    """
+    config, micro, log = run.config, run.config.accumulate, {}
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config, step, run.steps)
     torch.manual_seed(seed_of(config.seed, 2, step, run.rank))  # dropout
-    for part in range(parts):
-        batch = draw_batch(config, run.cache, step, run.rank * parts + part, run.world * parts)
-        batch = Batch(*(x.to(run.device) for x in batch))
-        with forward.no_sync() if run.world > 1 and part < parts - 1 else nullcontext():  # average once
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
-                values = compute_losses(forward, teacher, batch, config, run.rank)
-            (values["loss"] / parts).backward()
-        log = {name: log.get(name, 0) + value.detach() / parts for name, value in values.items()}
-    log["grad_norm"] = nn.utils.clip_grad_norm_(run.student.parameters(), config.clip)
+    pieces = zip(batch.tokens.chunk(micro), batch.classes.chunk(micro), batch.key_mask.chunk(micro))
+    for number, piece in enumerate(pieces, 1):
+        with forward.no_sync() if run.world > 1 and number < micro else nullcontext():  # average once
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
+                values = forward(*piece, batch.positions)
+            (values["loss"] / micro).backward()
+        log = {name: log.get(name, 0) + value.detach() / micro for name, value in values.items()}
+    log["grad_norm"] = nn.utils.clip_grad_norm_(run.objective.parameters(), config.clip)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    losses.update_ema(run.teacher, run.student.model, ema_decay(config, step, run.steps))  # after theta moved
+    decay = ema_decay(config, step, run.steps)
+    losses.update_ema(run.objective.teacher, run.objective.student, decay)  # after theta has moved
     return log
 
 
 @torch.no_grad()
 def validation_loss(run: Run) -> float:
-    """L_AR on the centre crops of held-out images, unmasked, in nats per token; the same on all processes."""
-    cache, model = run.held_out, run.student.model.eval()
+    """L_AR on the centre crops of held-out images, nothing hidden, nats per token; equal on all processes."""
+    cache, model = run.held_out, run.objective.student.eval()
     rows = np.random.default_rng(0).permutation(np.flatnonzero(cache.labels >= 0))[:run.config.eval_images]
     total = torch.zeros(2, device=run.device)
     for i in range(run.rank * 64, len(rows), run.world * 64):
@@ -406,110 +529,176 @@ def validation_loss(run: Run) -> float:
     return (total[0] / total[1]).item()
 
 
-def mean_over_processes(run: Run, log: dict, count: int, stop: bool) -> tuple[dict[str, float], bool]:
-    """Sums over `count` steps -> {name: mean over steps and processes}, and whether one wants to stop."""
-    values = torch.stack([torch.as_tensor(x).float().to(run.device) for x in (*log.values(), stop)])
+def summarise(run: Run, history: list[dict], done: int, stop: bool) -> tuple[dict[str, float], bool]:
+    """Logs of the steps up to `done` -> {name: mean over steps and processes}; and whether one wants to stop.
+
+    Here the host waits for the device. Raises ValueError naming the first step and value that is not finite.
+    """
+    values = torch.stack([torch.stack(list(log.values())) for log in history])  # (steps, names)
+    sums = torch.cat([sum(values), values.new_tensor([float(stop)])])
     if run.world > 1:
-        dist.all_reduce(values)
-    *sums, stops = values.tolist()
-    return {name: total / count / run.world for name, total in zip(log, sums)}, stops > 0
+        dist.all_reduce(sums)
+    *sums, stops = sums.tolist()
+    if not all(map(math.isfinite, sums)):
+        step, name = (~values.isfinite()).nonzero().tolist()[0]
+        raise diverged(run, f"{list(history[0])[name]} of step {done - len(history) + 1 + step}")
+    return {name: total / len(history) / run.world for name, total in zip(history[0], sums)}, stops > 0
+
+
+def diverged(run: Run, what: str) -> ValueError:
+    """What ends a run before it saves anything that is not finite."""
+    return ValueError(f"{what} is not finite; {run.config.folder}/checkpoint.pt is from before that. Start "
+                      "again under another --name, with a lower --base-lr or a longer --warmup.")
 
 
 def report(run: Run, line: dict) -> None:
-    """Append one line to metrics.jsonl; with a validation loss also redraw loss.png."""
-    folder = Path("runs", run.config.name)
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-    if "val_nll" in line:
-        lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-        curves = {title: [(line["step"], line[key]) for line in lines if key in line]
-                  for key, title in (("loss_ar", "training"), ("val_nll", "held out, unmasked"))}
-        plot = sample.line_plot(curves, f"{run.config.name}: next-token loss", "step", "nats per token")
-        sample.save_image(folder / "loss.png", plot)
+    """Append one line to metrics.jsonl; with a validation loss also redraw loss.png from all lines."""
+    metrics = run.config.folder / "metrics.jsonl"
+    with open(metrics, "a") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+    if "val_nll" not in line:
+        return
+    lines, plots = [json.loads(text) for text in metrics.read_text().splitlines()], []
+    for keys in (("loss_ar", "val_nll"), ("loss_mim", "loss_step", "loss_view"),
+                 ("acc_step", "acc_view", "acc_label")):
+        curves = {key: [(old["step"], old[key]) for old in lines if key in old] for key in keys}
+        curves = {key: points for key, points in curves.items() if points}
+        if curves:
+            plots.append(np.asarray(sample.line_plot(curves, run.config.name, "step", "", height=300)))
+    sample.save_image(metrics.with_name("loss.png"), Image.fromarray(np.concatenate(plots)))
 
 
 def save(run: Run, step: int) -> None:
-    """Write checkpoint.pt, all that --resume and the other scripts need, then a sample grid."""
-    folder, config, model = Path("runs", run.config.name), run.config, run.student.model
+    """Write checkpoint.pt, all that --resume and the other scripts need, then samples/<step>.png.
+
+    The checkpoint before is kept as previous.pt.
+    """
+    config, student, path = run.config, run.objective.student, run.config.folder / "checkpoint.pt"
     content = {
-        "model": model.state_dict(), "ema": run.teacher.state_dict(),
-        "projector": run.student.projector.state_dict(), "optimizer": run.optimizer.state_dict(),
-        "step": step, "config": asdict(config), "model_config": asdict(model.config), "data": run.cache.meta}
-    tokenizer.write_file(folder / "checkpoint.pt", lambda file: torch.save(content, file))
-    if config.samples and step > run.start:
-        names, path = run.cache.meta["classes"], folder / "samples" / f"{step:07d}.png"
+        "model": student.state_dict(), "ema": run.objective.teacher.state_dict(),
+        "projector": run.objective.projector.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "step": step, "config": asdict(config), "data": run.cache.meta,
+        "model_config": asdict(student.config)}
+    whole = path.with_name("next.pt")  # its name until it is whole
+    tokenizer.write_file(whole, lambda file: torch.save(content, file))
+    if path.exists():
+        os.replace(path, path.with_name("previous.pt"))
+    os.replace(whole, path)
+    if config.samples and step > 0:
+        names = run.cache.meta["classes"]
         classes = [i * len(names) // config.samples for i in range(config.samples)]
-        sample.save_samples(path, model.eval(), run.vq, classes, names, config.seed, cfg=config.sample_cfg)
-        model.train()
+        grid = config.folder / "samples" / f"{step:07d}.png"
+        sample.save_samples(grid, student.eval(), run.vq, classes, names, config.seed, cfg=config.sample_cfg)
+        student.train()
 
 
 def open_folder(run: Run) -> None:
-    """Make runs/<name>, or cut the metrics of a resumed run back to its checkpoint."""
-    folder = Path("runs", run.config.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(run.config), indent=1))
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if run.start and metrics.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
-    metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= run.start))
-    if sum(p.numel() for p in run.vq.parameters()) < 5e6:  # so that a run that is moved still samples
-        tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)
-        sample.save_reconstructions(folder / "reconstructions.png", run.vq, run.config)
-    save(run, run.start)
+    """Fill runs/<name> for a new run, or cut the metrics of a resumed one back to its checkpoint.
+
+    Raises ValueError, in one sentence, if a line of metrics.jsonl is damaged.
+    """
+    folder, metrics, kept = run.config.folder, run.config.folder / "metrics.jsonl", []
+    for left in folder.glob(".*.tmp"):  # by writers that were killed; nobody else may write here now
+        left.unlink()
+    if not (folder / "checkpoint.pt").exists():
+        if sum(p.numel() for p in run.vq.parameters()) < 5e6:  # so that a run that is moved still samples
+            tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)
+            sample.save_reconstructions(folder / "reconstructions.png", run.vq, run.config)
+        save(run, 0)
+    for text in metrics.read_text().splitlines(keepends=True) if metrics.exists() else []:
+        try:
+            if text.endswith("\n") and json.loads(text)["step"] <= run.start:  # a kill may leave half a line
+                kept.append(text)
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{metrics} is damaged; delete this line of it: {text.strip()[:60]!r}") from None
+    tokenizer.write_file(metrics, lambda file: file.write("".join(kept).encode()))
+    settings = json.dumps(asdict(run.config), indent=1)
+    tokenizer.write_file(folder / "config.json", lambda file: file.write(settings.encode()))
 
 
-def peak_memory(device: torch.device) -> float:
-    """Largest memory in use so far, GB: of the GPU's allocator, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # Linux counts kilobytes
-
-
-def train(run: Run) -> None:
-    """All steps of a run, with logs, validation, pictures and checkpoints; a signal saves and leaves."""
-    config, forward, teacher = run.config, run.student, run.teacher
+def wrapped(run: Run) -> nn.Module:
+    """run.objective: in DDP if there are several processes, and compiled on a GPU, if that is possible."""
+    forward = run.objective
     if run.world > 1:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)
-    if run.device.type == "cuda" and config.compile:
-        forward, teacher = torch.compile(forward), torch.compile(teacher)
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    if run.device.type != "cuda" or not run.config.compile:
+        return forward
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):  # what Triton looks for
+        return torch.compile(forward)
+    if run.rank == 0:
+        print("!! torch.compile needs a C compiler (install gcc): training without it, slower.")
+    return forward
+
+
+def train(run: Run, caught: list[int]) -> None:
+    """All steps of a run, with logs, validation, pictures, checkpoints; a signal makes it save and exit."""
+    config, forward = run.config, wrapped(run)
     if run.rank == 0:
         open_folder(run)
-    caught = []  # a signal is noted, and obeyed between two steps
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *signal_and_frame: caught.append(signal_and_frame))
-    sums, count, clock = {}, 0, time.time()
-    bar = tqdm(range(run.start, run.steps), config.name, run.steps, initial=run.start, disable=run.rank != 0)
-    for step in bar:
-        log = train_step(run, forward, teacher, step)
-        sums, count = {name: sums.get(name, 0) + value for name, value in log.items()}, count + 1
-        done, last = step + 1, step + 1 == run.steps
-        line, stop = {"step": done}, bool(caught) and run.world == 1
-        if done % config.log_every == 0 or last:
-            means, stop = mean_over_processes(run, sums, count, bool(caught))
-            speed = count * config.batch * config.views * run.cache.tokens.shape[2] / (time.time() - clock)
-            line |= means | {"lr": run.optimizer.param_groups[0]["lr"], "tokens_per_second": speed,
-                             "memory_gb": peak_memory(run.device)}
-            bar.set_postfix_str(f"ar {line['loss_ar']:.3f}, {speed:,.0f} tok/s, {line['memory_gb']:.1f} GB")
-            sums, count, clock = {}, 0, time.time()
-        due = done % config.save_every == 0 or last
+    tokens_per_step = config.batch * config.views * run.cache.tokens.shape[2]
+    history, timed, clock = [], 0, time.time()  # logs since the last line; steps timed since `clock`
+    bar = tqdm(batches(run), config.name, run.steps, initial=run.start, disable=run.rank != 0)
+    done, stop = run.start, False
+    for batch in bar:
+        history.append(train_step(run, forward, batch, done))
+        done, timed = done + 1, timed + 1
+        if done == run.start + 1:  # the first step compiles: wait for it, and leave it out of the speed
+            history[0]["loss"].item()
+            timed, clock = 0, time.time()
+        due = done % config.save_every == 0 or done == run.steps
+        asked = bool(caught) and run.world == 1  # several processes agree in `summarise`
+        if not (due or asked or done % config.log_every == 0):
+            continue
+        means, stop = summarise(run, history, done, bool(caught))
+        line = {"step": done} | means | {"lr": run.optimizer.param_groups[0]["lr"]}
+        if "acc_label" in line:
+            line["negatives"] = config.batch // config.accumulate - 1
+        if timed:
+            line["tokens_per_second"] = timed * tokens_per_step / (time.time() - clock)
+        if run.device.type == "cuda":
+            line["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
         if due:
             line["val_nll"] = validation_loss(run)
+            if not math.isfinite(line["val_nll"]):
+                raise diverged(run, f"the held-out loss after step {done}")
         if run.rank == 0:
-            if len(line) > 1:
-                report(run, line)
+            bar.set_postfix_str(f"ar {line['loss_ar']:.3f}, {line.get('tokens_per_second', 0):,.0f} tokens/s")
+            report(run, line)
             if due or stop:
                 save(run, done)
-            if stop and not last:
-                print(f"Saved after step {done}. To go on: python train.py --resume --name {config.name}")
-        if stop and not last:
-            sys.exit(130)
-    if run.rank == 0:
-        print(f"Done: runs/{config.name}/ holds checkpoint.pt, metrics.jsonl and the pictures.")
+        if stop:
+            break
+        history, timed, clock = [], 0, time.time()  # validation, saving and pictures are not in the speed
+    if run.world > 1:
+        dist.barrier()  # or torchrun, seeing others leave, would kill rank 0 while it saves
+    if run.rank == 0 and done == run.steps:
+        print(f"Done: {config.folder}/ holds checkpoint.pt, metrics.jsonl and the pictures.")
+    elif run.rank == 0:
+        print(f"Saved after step {done}. To go on: python train.py --resume --name {config.name}")
+    if done < run.steps:
+        sys.exit(130)  # as for Ctrl-C
 
 
-def main() -> None:
-    """Parse the command line and run it."""
-    train(set_up(*parse_arguments(sys.argv[1:])))
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv`, by default the process's own.
+
+    Raises ValueError or OSError, in one sentence, for the user's mistakes, SystemExit where argparse finds
+    them or a signal ended the run.
+    """
+    with ExitStack() as held:
+        run = set_up(*parse_arguments(argv), held)
+        caught = []  # a signal is noted, and obeyed between two steps
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, lambda number, frame: caught.append(number))
+        try:
+            train(run, caught)
+        except RuntimeError:
+            if run.world > 1:
+                time.sleep(5)  # if another process has died, torchrun ends this one too, by SIGTERM
+                if caught:
+                    raise ConnectionError("another process of this run died; --resume goes on from the last "
+                                          f"checkpoint in {run.config.folder}.") from None
+            raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -520,5 +709,6 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:  # before the first step
-        print("Stopped. The same command goes on from here: tokenizer and encoded images are kept.")
+        print("Stopped. The same command goes on: a finished tokenizer and encoded images are kept, an "
+              "unfinished tokenizer begins again.")
         sys.exit(130)
