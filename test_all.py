@@ -2188,6 +2188,35 @@ def test_fid_refuses_before_any_work():
     assert not cache.exists()
 
 
+# ---- README.md and coursework ------------------------------------------------------------------------------
+
+DOCUMENTS = {path: path.read_text() for path in (HERE / "README.md", HERE / "coursework" / "README.md")}
+
+
+def test_documents_name_what_exists():
+    """Every `file.function` that they name, and every file that they link to."""
+    scripts = {"fid": fid, "losses": losses, "model": model, "probe": probe, "sample": sample,
+               "tokenizer": tokenizer, "train": train}
+    named = r"`({})\.(?!py|pt|json)([\w.]+)".format("|".join(scripts))
+    for path, text in DOCUMENTS.items():
+        for script, name in re.findall(named, text):
+            found = scripts[script]
+            for part in name.rstrip(".").split("."):
+                assert hasattr(found, part), f"{path}: {script}.{name} does not exist"
+                found = getattr(found, part)
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (path.parent / link).exists(), f"{path}: no {link}"
+
+
+def test_exercises_fit_the_code():
+    """Every line that an exercise takes out stands in the file that the exercise names."""
+    code = "".join(path.read_text() for path in HERE.glob("*.py") if path.name != "test_all.py").splitlines()
+    diffs = re.findall(r"```diff\n(.*?)```", DOCUMENTS[HERE / "coursework" / "README.md"], re.S)
+    removed = [line[1:] for diff in diffs for line in diff.splitlines() if line.startswith("-")]
+    assert len(diffs) >= 8 and len(removed) >= 10
+    assert not (missing := [line for line in removed if line not in code]), missing
+
+
 # ---- The runner --------------------------------------------------------------------------------------------
 
 def main():
