@@ -1,119 +1,132 @@
 #!/usr/bin/env bash
-# results/runs.jsonl -> the tables of results/README.md and the pictures assets/probe.png and assets/length.png.
+# results/runs.jsonl -> results/README.md, the table in the top README, assets/probe.png and assets/length.png.
 #
 #     bash results/table.sh
 #
-# Runs are named VARIANT-STEPS-sSEED. A mean over seeds stands with half of its 95 % interval (Student's t); a difference to AR is
-# taken seed by seed. One seed: no interval.
+# Runs are named VARIANT-STEPS-sSEED; of two lines of one run the later counts. A mean over seeds stands with half of
+# its 95 % interval (Student's t), a difference to AR is taken seed by seed. One seed: no interval.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHONPATH=. python - <<'EOF'
-import json, math, pathlib, re
-import numpy as np, scipy.stats
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+
 import sample
 
-# The latest line of a run counts
-lines = {line["run"]: line for line in map(json.loads, open("results/runs.jsonl"))}
-VARIANTS = {"ar": "AR", "mim": "+ MIM", "mim-step": "+ MIM + step", "mim-view": "+ MIM + view", "step-view": "+ step + view",
-            "all": "all (ST-AR)"}
-groups = {}
-for name, line in lines.items():
-    match = re.fullmatch(r"(.+)-(\d+)-s(\d+)", name)
-    variant, steps, seed = match[1], int(match[2]), int(match[3])
-    groups.setdefault((steps, variant), {})[seed] = line
+NAMES = {"ar": "AR", "mim": "+ MIM", "mim-step": "+ MIM + step", "mim-view": "+ MIM + view",
+         "step-view": "+ step + view", "all": "**all (ST-AR)**"}
+runs = {}  # (steps, variant) -> {seed: line}
+for line in map(json.loads, open("results/runs.jsonl")):
+    variant, steps, seed = re.fullmatch(r"(.+)-(\d+)-s(\d+)", line["run"]).groups()
+    runs.setdefault((int(steps), variant), {})[int(seed)] = line
 
 
-def steps_of(line):
-    """{step: accuracy in %} of the run's own layer, "mean" for mean-pooled features."""
-    return {r["step"]: 100 * r["accuracy"] for r in line["probe"] if r["layer"] == line["layer"]}
+def curve(line, layer=None):
+    """The probe's accuracy in % at the eight steps, of one layer (the run's own)."""
+    layer = layer or line["layer"]
+    return [100 * r["accuracy"] for r in line["probe"] if r["layer"] == layer and r["step"] != "mean"]
 
 
-def single(line):
-    return [value for step, value in steps_of(line).items() if step != "mean"]
+def pooled(line):
+    return [100 * r["accuracy"] for r in line["probe"] if r["layer"] == line["layer"] and r["step"] == "mean"][0]
 
 
-def score(reference, cfg, measure, factor=1.0):
+def score(reference, cfg, measure):
+    factor = 100 if measure == "class agreement" else 1
     return lambda line: factor * line["scores"][reference][f"cfg{cfg}"][measure]
 
 
-PROBE = {"last step": lambda l: single(l)[-1], "best step": lambda l: max(single(l)), "mean of steps": lambda l: np.mean(single(l)),
-         "mean-pooled": lambda l: steps_of(l)["mean"],
-         "best layer, last step": lambda l: max(100 * r["accuracy"] for r in l["probe"] if r["step"] == max(single_steps(l))),
-         "held-out loss": lambda l: l["metrics"]["val_nll"], "minutes": lambda l: l["train_minutes"]}
-SAMPLES = {f"{measure}, cfg {cfg}": score("reconstructions", cfg, measure, 100 if measure == "class agreement" else 1)
-           for cfg in (1, 2) for measure in ("FD-c", "IS-c", "precision-c", "recall-c", "class agreement")}
-ORIGINALS = {f"{measure}, cfg {cfg}": score("originals", cfg, measure, 100 if measure == "class agreement" else 1)
-             for cfg in (1, 2) for measure in ("FD-c", "IS-c", "precision-c", "recall-c", "class agreement")}
+UNDERSTANDING = {  # column: (value of a line, decimals)
+    "last step": (lambda line: curve(line)[-1], 1), "best step": (lambda line: max(curve(line)), 1),
+    "mean of steps": (lambda line: np.mean(curve(line)), 1), "mean-pooled": (pooled, 1),
+    "best layer, last step": (lambda line: max(curve(line, n)[-1] for n in {r["layer"] for r in line["probe"]}), 1),
+    "held-out loss": (lambda line: line["metrics"]["val_nll"], 3),
+    "minutes": (lambda line: line["train_minutes"], 1)}
+MEASURES = {"FD-c": 3, "IS-c": 2, "precision-c": 3, "recall-c": 3, "class agreement": 1}
 
 
-def single_steps(line):
-    return [step for step in steps_of(line) if step != "mean"]
-
-
-def digits(name):
-    return 3 if name.startswith(("held-out", "FD-c", "precision", "recall")) else 2 if name.startswith("IS") else 1
+def scores(reference, cfgs=(1, 2)):
+    return {f"{measure}, cfg {cfg}": (score(reference, cfg, measure), decimals)
+            for cfg in cfgs for measure, decimals in MEASURES.items()}
 
 
 def mean_and_half(values):
-    """Mean and half of the 95 % interval of the mean; nan for one value."""
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    """Mean, and half of its 95 % interval; 0 for one value."""
+    n = len(values)
+    half = scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else 0.0
     return float(np.mean(values)), float(half)
 
 
-def cell(values, places, sign=""):
+def cell(values, decimals, sign=""):
     mean, half = mean_and_half(values)
-    return f"{mean:{sign}.{places}f}" + ("" if math.isnan(half) else f" ± {half:.{places}f}")
+    return f"{mean:{sign}.{decimals}f}" + (f" ± {half:.{decimals}f}" if len(values) > 1 else "")
 
 
 def table(steps, columns):
-    rows = [(variant, groups[steps, variant]) for variant in [*VARIANTS, *sorted({v for s, v in groups if s == steps} - set(VARIANTS))]
-            if (steps, variant) in groups]
-    text = ["| | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
-    for variant, seeds in rows:
-        values = [cell([f(line) for line in seeds.values()], digits(name)) for name, f in columns.items()]
-        text.append(f"| {VARIANTS.get(variant, variant)} | {len(seeds)} | " + " | ".join(values) + " |")
-    if {(steps, "ar"), (steps, "all")} <= groups.keys():
-        a, b = groups[steps, "ar"], groups[steps, "all"]
-        pairs = sorted(a.keys() & b.keys())
-        values = [cell([f(b[s]) - f(a[s]) for s in pairs], digits(name), "+") for name, f in columns.items()]
-        text.append(f"| *all - AR, seed by seed* | {len(pairs)} | " + " | ".join(values) + " |")
+    """A Markdown table: a row per variant, then the difference of ST-AR to AR."""
+    known = [variant for count, variant in runs if count == steps]
+    order = [*(name for name in NAMES if name in known), *sorted(set(known) - set(NAMES))]
+    text = ["| | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for variant in order:
+        seeds = runs[steps, variant]
+        cells = [cell([value(line) for line in seeds.values()], decimals) for value, decimals in columns.values()]
+        text.append(f"| {NAMES.get(variant, variant)} | {len(seeds)} | " + " | ".join(cells) + " |")
+    if "ar" in known and "all" in known:
+        a, b = runs[steps, "ar"], runs[steps, "all"]
+        both = sorted(a.keys() & b.keys())
+        cells = [cell([value(b[seed]) - value(a[seed]) for seed in both], decimals, "+")
+                 for value, decimals in columns.values()]
+        text.append(f"| *ST-AR - AR, by seed* | {len(both)} | " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 
-def floor(steps):
-    """Rows that belong to the images and the tokenizer, not to a run: equal in all lines of equal protocol."""
-    line = next(iter(groups[steps, "ar"].values()))
-    real, floor = line["scores"]["reconstructions"]["held-out"], line["scores"]["originals"]
-    show = lambda row: ", ".join(f"{k} {v:.3f}" for k, v in row.items())
-    return (f"- held-out images, decoded, against decoded training images: {show(real)}\n- held-out originals against originals: "
-            f"{show(floor['held-out'])}\n- the floor, training images encoded and decoded, against originals: {show(floor['reconstructions'])}")
+def bounds(line):
+    """What real images score: the same in every line, as it belongs to the images and the tokenizer."""
+    rows = {"held-out images, decoded (against decoded real codes)": line["scores"]["reconstructions"]["held-out"],
+            "**the floor**: training images, decoded (against originals)":
+                line["scores"]["originals"]["reconstructions"],
+            "held-out images (against originals)": line["scores"]["originals"]["held-out"]}
+    text = ["| real images | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
+    for name, row in rows.items():
+        values = [f"{row[m] * (100 if m == 'class agreement' else 1):.{d}f}" for m, d in MEASURES.items()]
+        text.append(f"| {name} | " + " | ".join(values) + " |")
+    return "\n".join(text)
 
 
-text = ["# Results\n\nWritten by `bash results/table.sh` from `runs.jsonl`, one JSON line per run, each with its command. Twenty classes of Tiny "
-        "ImageNet\n(assets/tiny-imagenet-20.txt) at 32 px, the shipped tokenizer, student weights, 2 CPU cores, one thread per run unless a line "
-        "says otherwise.\nProbe: top-1 in % on 1,000 held-out images, own layer unless said. 5,000 samples per run and scale. ± is half a 95 % interval "
-        "over seeds."]
-for steps in sorted({steps for steps, _ in groups}):
-    text.append(f"## {steps:,} steps\n\n### Understanding\n\n{table(steps, PROBE)}\n\n### Samples against decoded real codes\n\n{table(steps, SAMPLES)}\n\n"
-                f"### Samples against originals\n\n{table(steps, ORIGINALS)}")
-    if (steps, "ar") in groups:
-        text.append(floor(steps))
-pathlib.Path("results/README.md").write_text("\n\n".join(text) + "\n")
+lengths = sorted({steps for steps, _ in runs})
+most = max(lengths, key=lambda steps: sum(map(len, (v for (s, _), v in runs.items() if s == steps))))
+text = ["# Results", "Written by `bash results/table.sh` from runs.jsonl: one JSON line per run, with its command, commit, seed, "
+        "versions, minutes and every number. `bash results/run.sh` trains, probes, samples and scores a run. Twenty classes of "
+        "Tiny ImageNet (assets/tiny-imagenet-20.txt) at 32 px, shipped tokenizer, CPU preset `tiny` at other `--steps`, student "
+        "weights, one thread per run, two runs side by side on two cores. Probe: top-1 in %, under the null class, on 1,000 "
+        "held-out images, the contrast layer (2 of 4) unless said. Samples: 5,000 per run and guidance scale. "
+        "± is half of a 95 % interval over seeds."]
+for steps in lengths:
+    text += [f"## {steps:,} steps", "Understanding", table(steps, UNDERSTANDING), "Samples against decoded real codes",
+             table(steps, scores("reconstructions")), "Samples against originals", table(steps, scores("originals"))]
+text += ["## Real images", bounds(next(iter(runs[most, "ar"].values())))]
+Path("results/README.md").write_text("\n\n".join(text) + "\n")
 
-main = max((steps for steps, v in groups if v == "all"), key=lambda s: len(groups[s, "all"]))
+brief = {name: UNDERSTANDING[name] for name in ("last step", "mean of steps", "mean-pooled", "held-out loss")}
+brief |= {name: scores("reconstructions")[name] for name in ("FD-c, cfg 1", "FD-c, cfg 2", "IS-c, cfg 2",
+                                                             "class agreement, cfg 2")}
+readme = Path("README.md").read_text()
+start, end = "<!-- results/table.sh writes from here -->", "<!-- to here -->"
+before, after = readme.split(start)[0], readme.split(end)[1]
+Path("README.md").write_text(f"{before}{start}\n\n{table(most, brief)}\n\n{bounds(next(iter(runs[most, 'ar'].values())))}"
+                             f"\n\n{end}{after}")
+
 curves, bands = {}, {}
-for variant in ("ar", "all"):
-    runs = [[(s, v) for s, v in steps_of(line).items() if s != "mean"] for line in groups[main, variant].values()]
-    name = VARIANTS[variant]
-    curves[name] = [(points[0][0], mean_and_half([y for _, y in points])[0]) for points in zip(*runs)]
-    bands[name] = [np.nan_to_num(mean_and_half([y for _, y in points])[1]) for points in zip(*runs)]
-sample.save_image("assets/probe.png", sample.line_plot(curves, f"{main:,} steps, {len(runs)} seed(s)", "step of 64", "linear probe, top-1 %", bands))
-lengths = sorted({steps for steps, v in groups if v == "all"} & {steps for steps, v in groups if v == "ar"})
-if len(lengths) > 1:
-    plots = {"last step of the probe, %": PROBE["last step"], "held-out loss, nats": PROBE["held-out loss"],
-             "FD-c, guidance 2": SAMPLES["FD-c, cfg 2"], "class agreement, guidance 2": SAMPLES["class agreement, cfg 2"]}
-    for i, (label, f) in enumerate(plots.items()):
-        series = {VARIANTS[v]: [(math.log2(s), mean_and_half([f(l) for l in groups[s, v].values()])[0]) for s in lengths] for v in ("ar", "all")}
-        sample.save_image(f"assets/length{i}.png", sample.line_plot(series, label, "log2 of the steps", label))
-print(f"results/README.md: {len(lines)} runs")
+for variant, name in (("ar", "AR"), ("all", "ST-AR")):
+    points = [mean_and_half(values) for values in zip(*map(curve, runs[most, variant].values()))]
+    curves[name] = [(8 * i, mean) for i, (mean, _) in enumerate(points, 1)]
+    bands[name] = [half for _, half in points]
+title = f"{most:,} steps, {len(runs[most, 'all'])} seeds, 95 % bands"
+sample.save_image("assets/probe.png", sample.line_plot(curves, title, "step of 64", "linear probe, top-1 %", bands))
+print(f"results/README.md, README.md, assets/probe.png: {sum(map(len, runs.values()))} runs")
 EOF
