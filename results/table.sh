@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# results/runs.jsonl -> results/README.md, the table in the top README, assets/probe.png and assets/length.png.
+# results/runs.jsonl -> results/README.md, the table in README.md, assets/probe.png
 #
 #     bash results/table.sh
 #
@@ -44,7 +44,8 @@ def score(reference, cfg, measure):
 UNDERSTANDING = {  # column: (value of a line, decimals)
     "last step": (lambda line: curve(line)[-1], 1), "best step": (lambda line: max(curve(line)), 1),
     "mean of steps": (lambda line: np.mean(curve(line)), 1), "mean-pooled": (pooled, 1),
-    "best layer, last step": (lambda line: max(curve(line, n)[-1] for n in {r["layer"] for r in line["probe"]}), 1),
+    "best layer, last step": (
+        lambda line: max(curve(line, layer)[-1] for layer in {r["layer"] for r in line["probe"]}), 1),
     "held-out loss": (lambda line: line["metrics"]["val_nll"], 3),
     "minutes": (lambda line: line["train_minutes"], 1)}
 MEASURES = {"FD-c": 3, "IS-c": 2, "precision-c": 3, "recall-c": 3, "class agreement": 1}
@@ -74,7 +75,8 @@ def table(steps, columns):
     text = ["| | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for variant in order:
         seeds = runs[steps, variant]
-        cells = [cell([value(line) for line in seeds.values()], decimals) for value, decimals in columns.values()]
+        cells = [cell([value(line) for line in seeds.values()], decimals)
+                 for value, decimals in columns.values()]
         text.append(f"| {NAMES.get(variant, variant)} | {len(seeds)} | " + " | ".join(cells) + " |")
     if "ar" in known and "all" in known:
         a, b = runs[steps, "ar"], runs[steps, "all"]
@@ -99,27 +101,29 @@ def bounds(line):
 
 
 lengths = sorted({steps for steps, _ in runs})
-most = max(lengths, key=lambda steps: sum(map(len, (v for (s, _), v in runs.items() if s == steps))))
-text = ["# Results", "Written by `bash results/table.sh` from runs.jsonl: one JSON line per run, with its command, commit, seed, "
-        "versions, minutes and every number. `bash results/run.sh` trains, probes, samples and scores a run. Twenty classes of "
-        "Tiny ImageNet (assets/tiny-imagenet-20.txt) at 32 px, shipped tokenizer, CPU preset `tiny` at other `--steps`, student "
-        "weights, one thread per run, two runs side by side on two cores. Probe: top-1 in %, under the null class, on 1,000 "
-        "held-out images, the contrast layer (2 of 4) unless said. Samples: 5,000 per run and guidance scale. "
-        "± is half of a 95 % interval over seeds."]
+most = max(lengths, key=lambda steps: sum(len(seeds) for (count, _), seeds in runs.items() if count == steps))
+ABOUT = """Written by `bash results/table.sh` from runs.jsonl: one JSON line per run, with its command, commit,
+seed, versions, minutes and every number. `bash results/run.sh` trains, probes, samples and scores a run. Twenty
+classes of Tiny ImageNet (assets/tiny-imagenet-20.txt) at 32 px, shipped tokenizer, CPU preset `tiny` at other
+`--steps`, student weights, one thread per run, two runs side by side on two cores. Probe: top-1 in %, under the
+null class, on 1,000 held-out images, the contrast layer (2 of 4) unless said. Samples: 5,000 per run and guidance
+scale. ± is half of a 95 % interval over seeds."""
+text = ["# Results", ABOUT]
 for steps in lengths:
-    text += [f"## {steps:,} steps", "Understanding", table(steps, UNDERSTANDING), "Samples against decoded real codes",
-             table(steps, scores("reconstructions")), "Samples against originals", table(steps, scores("originals"))]
-text += ["## Real images", bounds(next(iter(runs[most, "ar"].values())))]
+    text += [f"## {steps:,} steps", "Understanding", table(steps, UNDERSTANDING),
+             "Samples against decoded real codes", table(steps, scores("reconstructions")),
+             "Samples against originals", table(steps, scores("originals"))]
+real = bounds(next(iter(runs[most, "ar"].values())))
+text += ["## Real images", real]
 Path("results/README.md").write_text("\n\n".join(text) + "\n")
 
 brief = {name: UNDERSTANDING[name] for name in ("last step", "mean of steps", "mean-pooled", "held-out loss")}
-brief |= {name: scores("reconstructions")[name] for name in ("FD-c, cfg 1", "FD-c, cfg 2", "IS-c, cfg 2",
-                                                             "class agreement, cfg 2")}
-readme = Path("README.md").read_text()
+sampled = scores("reconstructions")
+brief |= {name: sampled[name] for name in ("FD-c, cfg 1", "FD-c, cfg 2", "IS-c, cfg 2", "class agreement, cfg 2")}
 start, end = "<!-- results/table.sh writes from here -->", "<!-- to here -->"
-before, after = readme.split(start)[0], readme.split(end)[1]
-Path("README.md").write_text(f"{before}{start}\n\n{table(most, brief)}\n\n{bounds(next(iter(runs[most, 'ar'].values())))}"
-                             f"\n\n{end}{after}")
+before, rest = Path("README.md").read_text().split(start)
+after = rest.split(end)[1]
+Path("README.md").write_text("\n\n".join([before + start, table(most, brief), real, end + after]))
 
 curves, bands = {}, {}
 for variant, name in (("ar", "AR"), ("all", "ST-AR")):
@@ -127,6 +131,7 @@ for variant, name in (("ar", "AR"), ("all", "ST-AR")):
     curves[name] = [(8 * i, mean) for i, (mean, _) in enumerate(points, 1)]
     bands[name] = [half for _, half in points]
 title = f"{most:,} steps, {len(runs[most, 'all'])} seeds, 95 % bands"
-sample.save_image("assets/probe.png", sample.line_plot(curves, title, "step of 64", "linear probe, top-1 %", bands))
+plot = sample.line_plot(curves, title, "step of 64", "linear probe, top-1 %", bands)
+sample.save_image("assets/probe.png", plot)
 print(f"results/README.md, README.md, assets/probe.png: {sum(map(len, runs.values()))} runs")
 EOF
