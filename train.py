@@ -557,7 +557,8 @@ def save(run: Run, step: int) -> None:
         "step": step, "config": asdict(config), "data": run.cache.meta,
         "model_config": asdict(student.config)}
     if path.exists():  # copied, not renamed: whenever a kill comes, checkpoint.pt is whole
-        shutil.copyfile(path, path.with_name("previous.pt"))
+        with open(path, "rb") as last:
+            tokenizer.write_file(path.with_name("previous.pt"), lambda file: shutil.copyfileobj(last, file))
     tokenizer.write_file(path, lambda file: torch.save(content, file))
     if config.samples and step > 0:
         grid = path.with_name("samples") / f"{step:07d}.png"
