@@ -147,28 +147,6 @@ class TransformerBlock(nn.Module):
 
 # ---- The model ---------------------------------------------------------------------------------------------
 
-@dataclass
-class KVCache:
-    """Keys and values of all layers for the first `length` positions of a batch that is being generated."""
-    k: torch.Tensor  # (L, B, H, T, D)
-    v: torch.Tensor
-    length: int = 0
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (B, H, t, D) behind `length`; returns all keys and values so far, (B, H, s, D)."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def put(self, layer: int, position: torch.Tensor, k: torch.Tensor,
-            v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (B, H, 1, D) at `position` (1,); returns all T places, (B, H, T, D) each."""
-        self.k[layer].index_copy_(2, position, k)
-        self.v[layer].index_copy_(2, position, v)
-        return self.k[layer], self.v[layer]
-
-
 class Output(NamedTuple):
     """What a forward returns; the parts that were not asked for are None or empty."""
     logits: torch.Tensor | None  # (B, t, V) float32
@@ -202,7 +180,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: torch.Tensor, classes: torch.Tensor, *, key_mask: torch.Tensor | None = None,
                 layers: tuple[int, ...] = (), head: bool = True, return_attention: bool = False,
-                cache: KVCache | None = None) -> Output:
+                cache=None) -> Output:
         """Run the positions of [c, x_1 ... x_n].
 
         tokens   (B, n) int64 with 0 <= n < T, the tokens known so far
@@ -211,8 +189,7 @@ class Transformer(nn.Module):
         layers   blocks whose outputs to return, 1 ... n_layer
         head     whether to compute logits
         return_attention  whether to return attention weights, from the explicit path instead of the fused one
-        cache    from `new_cache`: positions already in it are not run again, and the results are those of the
-                 remaining positions only
+        cache    a `sample.KVCache`: positions in it are not run again, the results are those of the others
         """
         start = cache.length if cache is not None else 0
         end = tokens.shape[1] + 1
@@ -238,36 +215,14 @@ class Transformer(nn.Module):
             cache.length = end
         return Output(self.output(self.norm(x)).float() if head else None, hidden, attention)
 
-    def decode(self, tokens: torch.Tensor, position: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Logits (B, V) float32 of `position` (1,) > 0, whose input is `tokens` (B,).
-
-        What forward computes with a cache, but no shape depends on the position: a GPU can compile and record
-        this once for all positions.
-        """
-        x = self.tok_embeddings(tokens)[:, None]  # (B, 1, C)
-        allowed = self.causal[position][None, None]  # (1, 1, 1, T): hides what is not yet in the cache
-        for n, layer in enumerate(self.layers):
-            past = partial(cache.put, n, position)
-            x, _ = layer(x, self.rope[position], allowed, False, past, False)
-        return self.output(self.norm(x))[:, -1].float()
-
-    def new_cache(self, batch: int) -> KVCache:
-        """A KV cache of zeros for `batch` sequences, in the weights' dtype and on their device."""
-        c = self.config
-        shape = (c.n_layer, batch, c.n_head, c.num_tokens, c.head_dim)
-        return KVCache(*(self.output.weight.new_zeros(shape) for _ in range(2)))
-
 
 # ---- Checkpoints: {"model": student, "ema": teacher, "config": run config, ...} ----------------------------
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The content of a checkpoint file, ours or LlamaGen's, memory-mapped; nothing in it can run code.
+    """The content of a checkpoint file, ours or LlamaGen's; a bare state dict as {"model": state dict}.
 
-    A bare state dict is returned as {"model": state dict}. Raises FileNotFoundError or ValueError, in one
-    sentence, if `path` holds no class-conditional transformer or weights that are not finite.
+    Raises FileNotFoundError, or ValueError for another kind of file or weights that are not finite.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}.")
     content = read_weights(path)
     if "tok_embeddings.weight" in content:
         content = {"model": content}
@@ -289,7 +244,7 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
     `ema` chooses the teacher's weights. Our checkpoints carry their config. From LlamaGen's, width, depth,
     vocabulary and classes are read off the tensors, heads off `SIZES`, the token count off "freqs_cis" or
     "args" where they are present, else off `image_size` (downsampling 16).
-    Raises FileNotFoundError or ValueError, in one sentence, if `path` is no such file or lacks EMA weights.
+    Raises FileNotFoundError, or ValueError if `path` is no such file or lacks EMA weights.
     """
     content = load_checkpoint(path)
     if ema and "ema" not in content:

@@ -20,6 +20,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,33 +53,74 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
     return logits
 
 
+@dataclass
+class KVCache:
+    """Keys and values of all layers for the first `length` positions of a batch that is being generated."""
+    k: torch.Tensor  # (L, B, H, T, D)
+    v: torch.Tensor
+    length: int = 0
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (B, H, t, D) behind `length`; returns all keys and values so far, (B, H, s, D)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def new_cache(model: Transformer, batch: int) -> KVCache:
+    """A KV cache of zeros for `batch` sequences, in the weights' dtype and on their device."""
+    c = model.config
+    shape = (c.n_layer, batch, c.n_head, c.num_tokens, c.head_dim)
+    return KVCache(*(model.output.weight.new_zeros(shape) for _ in range(2)))
+
+
 def next_logits(model: Transformer, classes: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function from the tokens known so far, (B, p), to the logits (B, V) of the next, for `classes` (B,).
 
     To be called with p = 0, 1, 2 ...: earlier keys and values are cached, only the new position is run.
     """
-    cache = model.new_cache(len(classes))
+    cache = new_cache(model, len(classes))
     return lambda known: model(known, classes, cache=cache).logits[:, -1]
+
+
+def decode_step(model: Transformer, tokens: torch.Tensor, position: torch.Tensor,
+                cache: KVCache) -> torch.Tensor:
+    """Logits (B, V) float32 of `position` (1,) > 0, whose input is `tokens` (B,).
+
+    What the model computes with a cache, but no shape depends on the position: a GPU can compile and record
+    this once for all positions.
+    """
+    def past(layer, k, v):  # (B, H, 1, D) each -> all T places, (B, H, T, D)
+        cache.k[layer].index_copy_(2, position, k)
+        cache.v[layer].index_copy_(2, position, v)
+        return cache.k[layer], cache.v[layer]
+
+    x = model.tok_embeddings(tokens)[:, None]  # (B, 1, C)
+    allowed = model.causal[position][None, None]  # (1, 1, 1, T): hides what is not yet in the cache
+    for n, layer in enumerate(model.layers):
+        x, _ = layer(x, model.rope[position], allowed, False, partial(past, n), False)
+    return model.output(model.norm(x))[:, -1].float()
 
 
 def next_logits_as_graph(model: Transformer, classes: torch.Tensor,
                          decode: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
     """`next_logits` for CUDA: a step, `decode`, is recorded as a CUDA graph and replayed for each token.
 
-    decode  model.decode, compiled or not. A replay launches all its kernels at once, on the same memory: so
+    decode  `decode_step`, compiled or not. A replay launches all its kernels at once, on the same memory: so
             its inputs are copied into place, and the logits are those of the latest call only
     """
-    cache = model.new_cache(len(classes))
+    cache = new_cache(model, len(classes))
     first = model(classes.new_empty(len(classes), 0), classes, cache=cache).logits[:, -1]
     token, position = torch.zeros_like(classes), torch.ones_like(classes[:1])
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):  # compiles; what it stores at position 1 the first replay overwrites
-        decode(token, position, cache)
+        decode(model, token, position, cache)
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits = decode(token, position, cache)
+        logits = decode(model, token, position, cache)
 
     def replay(known):
         if known.shape[1] == 0:
@@ -100,7 +143,7 @@ def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg
     cfg_interval  LlamaGen: guide the first cfg_interval + 2 tokens only; -1 guides all
     temperature   divides the logits; 0 takes the likeliest token
     generator     on the model's device; the default is torch's global one
-    decode        on CUDA, a compiled `model.decode`: see `next_logits_as_graph`
+    decode        on CUDA, a compiled `decode_step`: see `next_logits_as_graph`
     """
     B, T, guided = len(classes), model.config.num_tokens, cfg > 1
     if guided:  # the second half of the batch runs the same tokens under the null class
@@ -251,6 +294,19 @@ def save_reconstructions(path: str | Path, vq: tokenizer.VQModel, settings) -> N
     save_image(path, reconstruction_grid(vq, pixels))
 
 
+def save_curves(path: Path, metrics: Path) -> None:
+    """Write as PNG what a run's metrics.jsonl holds of losses and accuracies, over the step."""
+    lines = [json.loads(text) for text in metrics.read_text().splitlines()]
+    plots = []
+    for names in (("loss_ar", "val_nll"), ("loss_mim", "loss_step", "loss_view"),
+                  ("acc_step", "acc_view", "acc_label")):
+        curves = {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
+        curves = {name: points for name, points in curves.items() if points}
+        if curves:
+            plots.append(np.asarray(line_plot(curves, metrics.parent.name, "step", "", height=300)))
+    save_image(path, Image.fromarray(np.concatenate(plots)))
+
+
 # ---- Images ------------------------------------------------------------------------------------------------
 
 def sample_images(model: Transformer, vq: tokenizer.VQModel, classes: torch.Tensor, seed: int,
@@ -279,9 +335,10 @@ def sample_grid(model: Transformer, vq: tokenizer.VQModel, classes: list[int], n
     return image_grid(pixels, min(10, len(classes)), [names[c] for c in classes])
 
 
-def save_samples(path: Path, model: Transformer, vq: tokenizer.VQModel, classes: list[int], names: list[str],
+def save_samples(path: Path, model: Transformer, vq: tokenizer.VQModel, count: int, names: list[str],
                  seed: int, **settings) -> None:
-    """Write `sample_grid` as PNG."""
+    """Write `sample_grid` of `count` images, their classes spread evenly, as PNG."""
+    classes = [i * len(names) // count for i in range(count)]
     save_image(path, sample_grid(model, vq, classes, names, seed, **settings))
 
 
@@ -386,15 +443,15 @@ def to_bfloat16(model: Transformer) -> Transformer:
 
 @torch.no_grad()
 def compiled_decode(model: Transformer, rows: int) -> Callable:
-    """`model.decode`, compiled for a batch of `rows`; as it is, and said, where that cannot be done."""
+    """`decode_step`, compiled for a batch of `rows`; as it is, and said, where that cannot be done."""
     tokens = torch.zeros(rows, dtype=torch.long, device=model.output.weight.device)
-    decode = torch.compile(model.decode)
+    decode = torch.compile(decode_step)
     try:
-        decode(tokens, torch.ones_like(tokens[:1]), model.new_cache(rows))
+        decode(model, tokens, torch.ones_like(tokens[:1]), new_cache(model, rows))
     except Exception as error:  # no C compiler for Triton, a GPU too old for it ...: they share no class
         reason = str(error).strip().split("\n")[0][:100]
         print(f"Sampling goes on uncompiled and slower: torch.compile failed ({reason}).", file=sys.stderr)
-        return model.decode
+        return decode_step
     return decode
 
 

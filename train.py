@@ -3,10 +3,11 @@
 Whatever is missing is made on the way: images are found or downloaded, a tokenizer is trained, the codes of
 ten crops per image are cached. The model is in model.py, the losses are in losses.py; here is the loop.
 
-    python train.py --preset nano                                     # built-in images, minutes on a CPU
-    torchrun train.py --preset tiny                                   # Tiny ImageNet at 32 px
-    torchrun --nproc-per-node 8 train.py --preset small --losses ar   # the baseline; or ar+mim, ar+mim+view
-    python train.py --preset tiny --resume                            # go on where a run stopped
+    python train.py --preset nano                                   # built-in images, minutes on a CPU
+    python train.py --preset tiny                                   # Tiny ImageNet at 32 px
+    python train.py --preset tiny --losses ar                       # the baseline; or ar+mim, ar+mim+view ...
+    python train.py --preset tiny --resume                          # go on where a run stopped
+    torchrun --nproc-per-node 8 train.py --preset small             # torchrun only for several processes
 
 Choices are tagged "paper:", "LlamaGen:" (its train_c2i.py) or "our choice:". Shapes in comments: B images of
 this process, V views of each, T tokens, K positions, C width, n codes.
@@ -29,12 +30,11 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import Field, asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -46,6 +46,10 @@ from model import SIZES, ModelConfig, Transformer, load_checkpoint, load_model
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
+Count = Annotated[int, 1, math.inf]  # a number, the lowest and the highest value that its flag accepts
+Weight = Annotated[float, 0, math.inf]
+
+
 @dataclass
 class Config:
     """Every setting of a run. A field is a flag, its comment the help text; a preset changes the defaults."""
@@ -55,47 +59,47 @@ class Config:
     data: str = ""  # folder or zip of images, or: shapes; default: Tiny ImageNet, downloaded to data/
     subset: str = ""  # text file with the class folders to keep, one per line; default: all
     tokenizer: str = "train"  # a file, or: shipped (with the code), or: train (one for these images)
-    tokenizer_steps: int = 20000  # training steps of that tokenizer
-    codes: int = 1024  # codebook size of that tokenizer
-    image_size: int = 32  # side of the square crops, pixels
-    crop_ratios: tuple[float, ...] = (1.1,)  # the image enlarged by each of these gives ten crops, the views
+    tokenizer_steps: Count = 20000  # training steps of that tokenizer
+    codes: Annotated[int, 2, 65535] = 1024  # codebook size of that tokenizer
+    image_size: Annotated[int, 8, 4096] = 32  # side of the square crops, pixels
+    crop_ratios: Annotated[float, 1, 10] = (1.1,)  # the image enlarged by each gives ten crops, the views
     cache: str = "cache"  # folder for tokenizers and token caches
     skip_corrupt: bool = False  # leave unreadable images out, naming them
     # model
     model: str = "tiny"  # a row of model.SIZES
-    dropout: float = 0.1  # LlamaGen: of tokens, attention and feed-forward outputs
+    dropout: Annotated[float, 0, 0.9] = 0.1  # LlamaGen: of tokens, attention and feed-forward outputs
     init: str = ""  # checkpoint to start from, ours or LlamaGen's
     # method
     losses: str = "ar+mim+step+view"  # ar, plus any of mim, step, view
-    views: int = 2  # paper: views of each image in a batch (V)
-    mask_ratio: float = 0.25  # paper: share of the keys hidden from the student (r); only if mim is on
-    positions: int = 4  # paper: positions sampled for the contrastive losses (K)
-    depth: int = 3  # the block whose outputs they compare; paper: the middle one
-    alpha: float = 1.0  # paper: weight of L_MIM
-    beta: float = 0.5  # paper: weight of (L_step + L_view) / 2
-    temperature: float = 0.2  # our choice: of InfoNCE; the paper prints none
-    ema: float = 0.99  # decay of the teacher (m); paper: 0.9999
+    views: Count = 2  # paper: views of each image in a batch (V)
+    mask_ratio: Annotated[float, 0, 0.99] = 0.25  # paper: share of keys hidden from the student (r), with mim
+    positions: Count = 4  # paper: positions sampled for the contrastive losses (K)
+    depth: Count = 3  # the block whose outputs they compare; paper: the middle one
+    alpha: Weight = 1.0  # paper: weight of L_MIM
+    beta: Weight = 0.5  # paper: weight of (L_step + L_view) / 2
+    temperature: Annotated[float, 1e-3, 1e3] = 0.2  # our choice: of InfoNCE; the paper prints none
+    ema: Annotated[float, 0, 1] = 0.99  # decay of the teacher (m); paper: 0.9999
     ema_ramp: bool = True  # our choice for short runs: raise the decay to 1 along half a cosine
-    class_dropout: float = 0.1  # LlamaGen: share of labels replaced by the null class, for guidance
+    class_dropout: Annotated[float, 0, 1] = 0.1  # LlamaGen: share of labels made the null class, for guidance
     # optimisation
-    epochs: int = 50  # passes over the images
-    steps: int = 0  # optimizer steps; 0: as many as the epochs take
-    batch: int = 256  # LlamaGen: images per step, over all processes
-    accumulate: int = 1  # micro-batches per step; negatives then come from the micro-batch
-    base_lr: float = 1e-3  # learning rate per 256 images; the rate is base_lr * batch / 256
-    warmup: int = 100  # steps of linear warm-up
+    epochs: Count = 50  # passes over the images
+    steps: Annotated[int, 0, math.inf] = 0  # optimizer steps; 0: as many as the epochs take
+    batch: Count = 256  # LlamaGen: images per step, over all processes
+    accumulate: Count = 1  # micro-batches per step; negatives then come from the micro-batch
+    base_lr: Annotated[float, 1e-12, math.inf] = 1e-3  # the learning rate is base_lr * batch / 256
+    warmup: Annotated[int, 0, math.inf] = 100  # steps of linear warm-up
     schedule: str = "cosine"  # cosine (down to 5 %) or constant
-    weight_decay: float = 0.05  # LlamaGen: of matrices, embeddings included
-    clip: float = 1.0  # LlamaGen: largest gradient norm
+    weight_decay: Weight = 0.05  # LlamaGen: of matrices, embeddings included
+    clip: Annotated[float, 1e-6, math.inf] = 1.0  # LlamaGen: largest gradient norm
     # run
-    seed: int = 0  # of everything random
+    seed: Annotated[int, 0, 2 ** 32 - 1] = 0  # of everything random
     device: str = ""  # cpu, cuda or cuda:N; default: cuda if there is one
     compile: bool = True  # torch.compile on cuda
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    save_every: int = 500  # steps between checkpoints, validation losses and sample grids
-    eval_images: int = 2000  # held-out images for the validation loss
-    samples: int = 40  # images in a sample grid; 0: none
-    sample_cfg: float = 2.0  # guidance scale of the sample grid
+    log_every: Count = 10  # steps between lines of metrics.jsonl
+    save_every: Count = 500  # steps between checkpoints, validation losses and sample grids
+    eval_images: Count = 2000  # held-out images for the validation loss
+    samples: Annotated[int, 0, 1000] = 40  # images in a sample grid; 0: none
+    sample_cfg: Annotated[float, 1, 100] = 2.0  # guidance scale of the sample grid
 
     @property
     def terms(self) -> list[str]:
@@ -107,16 +111,6 @@ class Config:
         return Path("runs", self.name)
 
 
-RANGES = {  # the lowest and the highest value of each number
-    "tokenizer_steps": (1, math.inf), "codes": (2, 65535), "image_size": (8, 4096), "crop_ratios": (1, 10),
-    "dropout": (0, 0.9), "views": (1, math.inf), "mask_ratio": (0, 0.99), "positions": (1, math.inf),
-    "depth": (1, math.inf), "alpha": (0, math.inf), "beta": (0, math.inf), "temperature": (1e-3, 1e3),
-    "ema": (0, 1), "class_dropout": (0, 1), "epochs": (1, math.inf), "steps": (0, math.inf),
-    "batch": (1, math.inf), "accumulate": (1, math.inf), "base_lr": (1e-12, math.inf),
-    "warmup": (0, math.inf), "weight_decay": (0, math.inf), "clip": (1e-6, math.inf),
-    "seed": (0, 2 ** 32 - 1), "log_every": (1, math.inf), "save_every": (1, math.inf),
-    "eval_images": (1, math.inf), "samples": (0, 1000), "sample_cfg": (1, 100),
-}
 PAPER = dict(ema=0.9999, ema_ramp=False, depth=6,  # paper: these, and Config's defaults tagged so
              image_size=256, crop_ratios=(1.1, 1.05), base_lr=1e-4, warmup=0, schedule="constant",  # LlamaGen
              samples=8, sample_cfg=4.0, save_every=5000)  # our choice
@@ -141,26 +135,21 @@ ON_CPU = {  # what a CPU runs instead, said loudly; the subset is that of Tiny I
 
 
 def add_flag(parser: argparse.ArgumentParser, field: Field, comment: str) -> None:
-    """Give `parser` the flag of one field of `Config`; numbers must be finite and within RANGES."""
-    flag = "--" + field.name.replace("_", "-")
+    """Give `parser` the flag of one field of `Config`."""
     text = comment if field.default == "" else f"{comment} (default {field.default})"
-    text = text.replace("%", "%%")
     if field.type is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-    elif field.name == "crop_ratios":
-        parser.add_argument(flag, type=tokenizer.within(float, *RANGES[field.name]), nargs="+", help=text)
-    elif field.name in RANGES:
-        parser.add_argument(flag, type=tokenizer.within(field.type, *RANGES[field.name]), help=text)
+        how = dict(action=argparse.BooleanOptionalAction)
+    elif field.type is str:
+        how = dict(choices=CHOICES.get(field.name))
     else:
-        parser.add_argument(flag, choices=CHOICES.get(field.name), help=text)
+        how = dict(type=tokenizer.within(field.type.__origin__, *field.type.__metadata__))
+    if isinstance(field.default, tuple):
+        how["nargs"] = "+"
+    parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
-    """(config, flags given by hand, whether to resume); the flags are the fields of `Config`.
-
-    Raises SystemExit, after one sentence, for a flag that argparse refuses, ValueError for a device or a name
-    that cannot be.
-    """
+    """(config, flags given by hand, whether to resume). Raises SystemExit or ValueError for a bad flag."""
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                                      usage="train.py [--preset NAME] [--resume] [--SETTING VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,17 +163,19 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
         given["crop_ratios"] = tuple(given["crop_ratios"])
 
     preset = given.get("preset", Config.preset)
-    device = given.get("device", "") or tokenizer.choose_device().type
+    device = tokenizer.choose_device(given.get("device", "")).type
     settings = PRESETS[preset] | {"device": device}
-    if tokenizer.choose_device(device).type == "cpu" and preset in ON_CPU and not resume:
-        settings |= ON_CPU[preset] | ({"subset": ""} if "data" in given else {})
+    if device == "cpu" and preset in ON_CPU and not resume:
+        settings |= ON_CPU[preset]
+        if "data" in given:  # the subset is one of Tiny ImageNet
+            settings["subset"] = ""
         if tokenizer.rank_and_world()[0] == 0:
             print(f"!! No GPU: --preset {preset} is smaller and shorter here: {ON_CPU[preset]}")
     if given.keys() & {"codes", "tokenizer_steps"}:  # these ask for a tokenizer of one's own
         settings["tokenizer"] = "train"
+    if "epochs" in given:
+        settings["steps"] = 0
     config = Config(**settings | given)
-    if "epochs" in given and "steps" not in given:
-        config.steps = 0
     if not config.name:
         all_on = config.losses == Config.losses
         config.name = preset if all_on else f"{preset}-{config.losses.replace('+', '-')}"
@@ -194,7 +185,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
 
 
 def check_config(c: Config, world: int) -> None:
-    """Raise ValueError, in one sentence, for settings that are not possible together."""
+    """Raise ValueError for settings that are not possible together."""
     on, layers, crops = c.terms, SIZES[c.model][0], 10 * len(c.crop_ratios)
     for wrong, sentence in (
         (on[0] != "ar" or not set(on[1:]) <= {"mim", "step", "view"} or len(set(on)) < len(on),
@@ -299,10 +290,12 @@ class Objective(nn.Module):
 
             z = by_slot(self.projector(hidden[depth][:, positions]))  # (V, K, B, C), Eq. 5
             target = losses.gather_images(by_slot(target[depth][:, positions]), dim=2)  # (V, K, B_all, C)
+            tau = self.config.temperature
             own_start = self.rank * z.shape[2]  # of this process's images among those of all
-            for name, on, loss in (("step", step_on, losses.step_loss), ("view", view_on, losses.view_loss)):
-                if on:  # Eqs. 6 and 7
-                    terms[name], log[f"acc_{name}"] = loss(z, target, self.config.temperature, own_start)
+            if step_on:  # Eq. 6
+                terms["step"], log["acc_step"] = losses.step_loss(z, target, tau, own_start)
+            if view_on:  # Eq. 7
+                terms["view"], log["acc_view"] = losses.view_loss(z, target, tau, own_start)
             log["acc_label"] = losses.label_accuracy(losses.gather_images(classes, dim=0))
         total = losses.total_loss(terms, self.config.alpha, self.config.beta)  # Eq. 8
         return {"loss": total} | {f"loss_{name}": term for name, term in terms.items()} | log
@@ -336,7 +329,7 @@ def make_optimizer(objective: Objective, config: Config) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-# ---- The run -----------------------------------------------------------------------------------------------
+# ---- Starting and resuming ---------------------------------------------------------------------------------
 
 class Run(NamedTuple):
     """What a run consists of."""
@@ -355,19 +348,15 @@ class Run(NamedTuple):
 
 
 def refuse_used_folder(config: Config) -> None:
-    """Raise ValueError or OSError, in one sentence, if a new run cannot be written to its folder."""
+    """Raise ValueError or OSError if a new run cannot be written to its folder."""
     if any((config.folder / name).exists() for name in ("checkpoint.pt", "previous.pt", "metrics.jsonl")):
         raise ValueError(f"{config.folder} exists; go on with it (--resume) or choose another --name.")
     tokenizer.check_output(config.folder / "checkpoint.pt")
 
 
-def read_run(config: Config, given: dict) -> tuple[Config, dict]:
-    """(config, checkpoint) of the run to go on with; its settings stand, `given` may not contradict them.
-
-    Raises FileNotFoundError or ValueError, in one sentence, if there is nothing to resume, the checkpoint is
-    damaged or incomplete, or settings or tokenizer are others.
-    """
-    folder, path, previous = config.folder, config.folder / "checkpoint.pt", config.folder / "previous.pt"
+def read_checkpoint(folder: Path) -> dict:
+    """The latest checkpoint in `folder`. Raises FileNotFoundError or ValueError if it is of no use."""
+    path, previous = folder / "checkpoint.pt", folder / "previous.pt"
     if not path.exists() and not previous.exists():
         there = sorted(other.parent.name for other in Path("runs").glob("*/checkpoint.pt"))
         raise FileNotFoundError(f"nothing to resume in {folder}; --name can be one of {there}.")
@@ -381,10 +370,16 @@ def read_run(config: Config, given: dict) -> tuple[Config, dict]:
             raise ValueError(f"{error} The checkpoint before it is kept: rename {previous} to checkpoint.pt "
                              "and resume.") from None
         raise
+    return checkpoint
+
+
+def resumed_config(config: Config, given: dict, checkpoint: dict) -> Config:
+    """The settings that the run began with; ValueError if those given by hand or the tokenizer are others."""
+    folder = config.folder
     try:
         saved = Config(**checkpoint["config"])
     except TypeError:
-        raise ValueError(f"{path} was written by another version of train.py; resume it with that.") from None
+        raise ValueError(f"{folder} was begun by another version of train.py; go on with that.") from None
     saved.device = config.device
     free = {"data", "subset", "tokenizer", "cache", "skip_corrupt", "compile", "log_every"}
     for name in given.keys() - free:
@@ -393,21 +388,20 @@ def read_run(config: Config, given: dict) -> tuple[Config, dict]:
                              "another --name for new settings.")
     if (folder / "tokenizer.pt").exists():
         saved.tokenizer = str(folder / "tokenizer.pt")
-    config = replace(saved, **given)
-    vq = tokenizer.load_tokenizer(config.tokenizer)
-    if tokenizer.fingerprint(vq) != checkpoint["data"]["tokenizer"]:
-        raise ValueError(f"{config.tokenizer} is not the tokenizer that {folder} was trained with; name that "
+    saved = replace(saved, **given)
+    if tokenizer.fingerprint(tokenizer.load_tokenizer(saved.tokenizer)) != checkpoint["data"]["tokenizer"]:
+        raise ValueError(f"{saved.tokenizer} is not the tokenizer that {folder} was trained with; name that "
                          "with --tokenizer FILE.")
-    return config, checkpoint
+    return saved
 
 
 def check_data(config: Config, cache: tokenizer.TokenCache, checkpoint: dict) -> None:
-    """Raise ValueError, in one sentence, if the codes are too few or not those that the run began with."""
-    images, T = int((cache.labels >= 0).sum()), cache.tokens.shape[2]
+    """Raise ValueError if the codes are too few or not those that the run began with."""
+    images, behind = int((cache.labels >= 0).sum()), cache.tokens.shape[2] - 1
     if images < config.batch:
         raise ValueError(f"{config.data} has {images} training images, fewer than --batch {config.batch}.")
-    if config.positions >= T:
-        raise ValueError(f"--positions {config.positions}: an image has {T - 1} behind the class.")
+    if config.positions > behind:
+        raise ValueError(f"--positions {config.positions}: an image has {behind} behind the class.")
     before = checkpoint.get("data", cache.meta)
     others = [key for key in cache.meta if key != "source" and cache.meta[key] != before.get(key)]
     if others:
@@ -418,26 +412,27 @@ def check_data(config: Config, cache: tokenizer.TokenCache, checkpoint: dict) ->
 def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
     """Everything before the first step, from data to models; also joins the processes.
 
-    Rank 0 locks the run's folder for as long as `held` is open. Raises ValueError or OSError, in one
-    sentence, for whatever the user can mend.
+    Rank 0 locks the run's folder until `held` is closed. Raises ValueError or OSError for a user's mistake.
     """
     rank, world = tokenizer.rank_and_world()
     device = tokenizer.choose_device(config.device)
     # no process group yet: rank 0 may train a tokenizer for an hour; a key can be waited for that long
     store = dist.HashStore() if world == 1 else next(iter(dist.rendezvous("env://")))[0]
-    checkpoint = {}
+    checkpoint, init = {}, None
     if resume:
         if rank == 0 and config.folder.is_dir():
             held.enter_context(tokenizer.locked(config.folder))
-        config, checkpoint = read_run(config, given)
+        checkpoint = read_checkpoint(config.folder)
+        config = resumed_config(config, given, checkpoint)
     elif rank == 0:
         refuse_used_folder(config)
     check_config(config, world)
-    init = load_model(config.init, image_size=config.image_size)[0] if config.init else None
+    if config.init and not resume:
+        init = load_model(config.init, image_size=config.image_size)[0]
     found = tokenizer.prepare(config, device, store)
+    cache = found.train
     config = replace(config, data=found.data, subset=found.subset, tokenizer=found.tokenizer,
                      name=config.name + found.suffix)
-    vq, cache, held_out = found.vq, found.train, found.held_out
     check_data(config, cache, checkpoint)
     if rank == 0 and not resume:
         held.enter_context(tokenizer.locked(config.folder))
@@ -461,13 +456,15 @@ def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
         optimizer.load_state_dict(checkpoint["optimizer"])
     if world > 1:
         dist.init_process_group(store=store, rank=rank, world_size=world)  # NCCL on GPUs, gloo on CPUs
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bfloat16 = sample.choose_precision("", device) == "bf16"
     if device.type == "cuda" and rank == 0 and not bfloat16:
         print("!! This GPU is too old for bfloat16 (Ampere is the first): training in float32, slower.")
-    images = int((cache.labels >= 0).sum())
-    return Run(config, rank, world, device, bfloat16, vq, cache, held_out, objective, optimizer,
-               checkpoint.get("step", 0), config.steps or config.epochs * (images // config.batch))
+    steps_per_epoch = int((cache.labels >= 0).sum()) // config.batch
+    return Run(config, rank, world, device, bfloat16, found.vq, cache, found.held_out, objective, optimizer,
+               checkpoint.get("step", 0), config.steps or config.epochs * steps_per_epoch)
 
+
+# ---- The loop ----------------------------------------------------------------------------------------------
 
 def batches(run: Run) -> Iterator[Batch]:
     """This process's batches of all steps to come, on its device.
@@ -483,8 +480,7 @@ def batches(run: Run) -> Iterator[Batch]:
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(prepared, run.start)
         for step in range(run.start, run.steps):
-            batch = following.result()
-            following = thread.submit(prepared, step + 1)
+            batch, following = following.result(), thread.submit(prepared, step + 1)
             yield batch
 
 
@@ -517,16 +513,16 @@ def validation_loss(run: Run) -> float:
     """L_AR on the centre crops of held-out images, nothing hidden, nats per token; equal on all processes."""
     cache, model = run.held_out, run.objective.student.eval()
     rows = np.random.default_rng(0).permutation(np.flatnonzero(cache.labels >= 0))[:run.config.eval_images]
-    total = torch.zeros(2, device=run.device)
+    total = torch.zeros((), device=run.device)
     for i in range(run.rank * 64, len(rows), run.world * 64):
         chunk = rows[i:i + 64]
         tokens = torch.from_numpy(cache.tokens[chunk, 0].astype(np.int64)).to(run.device)
         logits = model(tokens[:, :-1], torch.from_numpy(cache.labels[chunk]).to(run.device)).logits
-        total += torch.stack([losses.ar_loss(logits, tokens), total.new_ones(())]) * len(chunk)
+        total += losses.ar_loss(logits, tokens) * len(chunk)
     model.train()
     if run.world > 1:
         dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    return (total / len(rows)).item()
 
 
 def summarise(run: Run, history: list[dict], done: int, stop: bool) -> tuple[dict[str, float], bool]:
@@ -534,15 +530,16 @@ def summarise(run: Run, history: list[dict], done: int, stop: bool) -> tuple[dic
 
     Here the host waits for the device. Raises ValueError naming the first step and value that is not finite.
     """
+    names, first = list(history[0]), done - len(history) + 1
     values = torch.stack([torch.stack(list(log.values())) for log in history])  # (steps, names)
-    sums = torch.cat([sum(values), values.new_tensor([float(stop)])])
+    stops = values.new_tensor(float(stop))
     if run.world > 1:
-        dist.all_reduce(sums)
-    *sums, stops = sums.tolist()
-    if not all(map(math.isfinite, sums)):
-        step, name = (~values.isfinite()).nonzero().tolist()[0]
-        raise diverged(run, f"{list(history[0])[name]} of step {done - len(history) + 1 + step}")
-    return {name: total / len(history) / run.world for name, total in zip(history[0], sums)}, stops > 0
+        dist.all_reduce(values)
+        dist.all_reduce(stops)
+    for step, name in (~values.isfinite()).nonzero().tolist():
+        raise diverged(run, f"{names[name]} of step {first + step}")
+    sums = sum(values).tolist()
+    return {name: total / len(history) / run.world for name, total in zip(names, sums)}, stops.item() > 0
 
 
 def diverged(run: Run, what: str) -> ValueError:
@@ -551,69 +548,45 @@ def diverged(run: Run, what: str) -> ValueError:
                       "again under another --name, with a lower --base-lr or a longer --warmup.")
 
 
-def report(run: Run, line: dict) -> None:
-    """Append one line to metrics.jsonl; with a validation loss also redraw loss.png from all lines."""
-    metrics = run.config.folder / "metrics.jsonl"
-    with open(metrics, "a") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
-    if "val_nll" not in line:
-        return
-    lines, plots = [json.loads(text) for text in metrics.read_text().splitlines()], []
-    for keys in (("loss_ar", "val_nll"), ("loss_mim", "loss_step", "loss_view"),
-                 ("acc_step", "acc_view", "acc_label")):
-        curves = {key: [(old["step"], old[key]) for old in lines if key in old] for key in keys}
-        curves = {key: points for key, points in curves.items() if points}
-        if curves:
-            plots.append(np.asarray(sample.line_plot(curves, run.config.name, "step", "", height=300)))
-    sample.save_image(metrics.with_name("loss.png"), Image.fromarray(np.concatenate(plots)))
-
-
 def save(run: Run, step: int) -> None:
-    """Write checkpoint.pt, all that --resume and the other scripts need, then samples/<step>.png.
-
-    The checkpoint before is kept as previous.pt.
-    """
+    """Write checkpoint.pt, all that --resume and the other scripts need, then samples/<step>.png."""
     config, student, path = run.config, run.objective.student, run.config.folder / "checkpoint.pt"
     content = {
         "model": student.state_dict(), "ema": run.objective.teacher.state_dict(),
         "projector": run.objective.projector.state_dict(), "optimizer": run.optimizer.state_dict(),
         "step": step, "config": asdict(config), "data": run.cache.meta,
         "model_config": asdict(student.config)}
-    whole = path.with_name("next.pt")  # its name until it is whole
-    tokenizer.write_file(whole, lambda file: torch.save(content, file))
-    if path.exists():
-        os.replace(path, path.with_name("previous.pt"))
-    os.replace(whole, path)
+    if path.exists():  # copied, not renamed: whenever a kill comes, checkpoint.pt is whole
+        with open(path, "rb") as last:
+            tokenizer.write_file(path.with_name("previous.pt"), lambda file: shutil.copyfileobj(last, file))
+    tokenizer.write_file(path, lambda file: torch.save(content, file))
     if config.samples and step > 0:
-        names = run.cache.meta["classes"]
-        classes = [i * len(names) // config.samples for i in range(config.samples)]
-        grid = config.folder / "samples" / f"{step:07d}.png"
-        sample.save_samples(grid, student.eval(), run.vq, classes, names, config.seed, cfg=config.sample_cfg)
+        grid = path.with_name("samples") / f"{step:07d}.png"
+        sample.save_samples(grid, student.eval(), run.vq, config.samples, run.cache.meta["classes"],
+                            config.seed, cfg=config.sample_cfg)
         student.train()
 
 
 def open_folder(run: Run) -> None:
     """Fill runs/<name> for a new run, or cut the metrics of a resumed one back to its checkpoint.
 
-    Raises ValueError, in one sentence, if a line of metrics.jsonl is damaged.
+    Raises ValueError if a line of metrics.jsonl is damaged.
     """
     folder, metrics, kept = run.config.folder, run.config.folder / "metrics.jsonl", []
-    for left in folder.glob(".*.tmp"):  # by writers that were killed; nobody else may write here now
-        left.unlink()
-    if not (folder / "checkpoint.pt").exists():
-        if sum(p.numel() for p in run.vq.parameters()) < 5e6:  # so that a run that is moved still samples
-            tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)
-            sample.save_reconstructions(folder / "reconstructions.png", run.vq, run.config)
-        save(run, 0)
     for text in metrics.read_text().splitlines(keepends=True) if metrics.exists() else []:
         try:
             if text.endswith("\n") and json.loads(text)["step"] <= run.start:  # a kill may leave half a line
                 kept.append(text)
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{metrics} is damaged; delete this line of it: {text.strip()[:60]!r}") from None
+    if not (folder / "checkpoint.pt").exists():
+        if sum(p.numel() for p in run.vq.parameters()) < 5e6:  # so that a run that is moved still samples
+            tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)
+            sample.save_reconstructions(folder / "reconstructions.png", run.vq, run.config)
+        save(run, 0)
     tokenizer.write_file(metrics, lambda file: file.write("".join(kept).encode()))
-    settings = json.dumps(asdict(run.config), indent=1)
-    tokenizer.write_file(folder / "config.json", lambda file: file.write(settings.encode()))
+    settings = json.dumps(asdict(run.config), indent=1).encode()
+    tokenizer.write_file(folder / "config.json", lambda file: file.write(settings))
 
 
 def wrapped(run: Run) -> nn.Module:
@@ -636,15 +609,14 @@ def train(run: Run, caught: list[int]) -> None:
     if run.rank == 0:
         open_folder(run)
     tokens_per_step = config.batch * config.views * run.cache.tokens.shape[2]
-    history, timed, clock = [], 0, time.time()  # logs since the last line; steps timed since `clock`
     bar = tqdm(batches(run), config.name, run.steps, initial=run.start, disable=run.rank != 0)
-    done, stop = run.start, False
+    history, done, stop = [], run.start, False  # what the steps since the last line logged
     for batch in bar:
         history.append(train_step(run, forward, batch, done))
-        done, timed = done + 1, timed + 1
+        done += 1
         if done == run.start + 1:  # the first step compiles: wait for it, and leave it out of the speed
             history[0]["loss"].item()
-            timed, clock = 0, time.time()
+            since, clock = done, time.time()
         due = done % config.save_every == 0 or done == run.steps
         asked = bool(caught) and run.world == 1  # several processes agree in `summarise`
         if not (due or asked or done % config.log_every == 0):
@@ -653,8 +625,8 @@ def train(run: Run, caught: list[int]) -> None:
         line = {"step": done} | means | {"lr": run.optimizer.param_groups[0]["lr"]}
         if "acc_label" in line:
             line["negatives"] = config.batch // config.accumulate - 1
-        if timed:
-            line["tokens_per_second"] = timed * tokens_per_step / (time.time() - clock)
+        if done > since:
+            line["tokens_per_second"] = (done - since) * tokens_per_step / (time.time() - clock)
         if run.device.type == "cuda":
             line["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
         if due:
@@ -663,12 +635,15 @@ def train(run: Run, caught: list[int]) -> None:
                 raise diverged(run, f"the held-out loss after step {done}")
         if run.rank == 0:
             bar.set_postfix_str(f"ar {line['loss_ar']:.3f}, {line.get('tokens_per_second', 0):,.0f} tokens/s")
-            report(run, line)
+            with open(config.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+            if due:
+                sample.save_curves(config.folder / "loss.png", config.folder / "metrics.jsonl")
             if due or stop:
                 save(run, done)
         if stop:
             break
-        history, timed, clock = [], 0, time.time()  # validation, saving and pictures are not in the speed
+        history, since, clock = [], done, time.time()  # nor are validation, saving and pictures in the speed
     if run.world > 1:
         dist.barrier()  # or torchrun, seeing others leave, would kill rank 0 while it saves
     if run.rank == 0 and done == run.steps:
@@ -682,8 +657,7 @@ def train(run: Run, caught: list[int]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`, by default the process's own.
 
-    Raises ValueError or OSError, in one sentence, for the user's mistakes, SystemExit where argparse finds
-    them or a signal ended the run.
+    Raises ValueError or OSError for a user's mistake, SystemExit for argparse's, or after a signal.
     """
     with ExitStack() as held:
         run = set_up(*parse_arguments(argv), held)
@@ -709,6 +683,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:  # before the first step
-        print("Stopped. The same command goes on: a finished tokenizer and encoded images are kept, an "
-              "unfinished tokenizer begins again.")
+        print("Stopped. The same command goes on; only an unfinished tokenizer begins again.")
         sys.exit(130)
