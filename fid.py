@@ -935,6 +935,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
             raise ValueError(f"{path} is an input and would be overwritten; choose another name.")
         if path:
             check_output(path)
+    if args.save_stats and args.json and Path(args.save_stats).resolve() == Path(args.json).resolve():
+        raise ValueError(f"--json {args.json} would overwrite --save-stats; choose another name.")
 
 
 class Opened(NamedTuple):

@@ -537,6 +537,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         path = args.out or Path("reconstructions.png" if args.reconstruct else "samples.png")
     tokenizer.check_output(path)
+    if not args.npz and path.suffix.lower() != ".png":  # it could also be somebody's checkpoint
+        raise ValueError(f"--out {path}: pictures are PNG files; call it {path.with_suffix('.png')}.")
     device = tokenizer.choose_device(args.device)
     trained = [open_trained(run, args.vq, args.ema, args.image_size, device)
                for run in args.runs or [args.gpt]]

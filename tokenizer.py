@@ -884,6 +884,8 @@ class Crops:
         pixels = read_pixels(images, tqdm(chosen, "reading images", leave=False),
                              lambda image: np.asarray(center_crop(image, self.side)), skip_corrupt)
         kept = [i for i, p in enumerate(pixels) if p is not None]
+        if not kept:
+            raise ValueError(f"none of the images of {images.source} can be read; get them again.")
         self.pixels = torch.from_numpy(np.stack([pixels[i] for i in kept])).to(device)  # (N, side, side, 3)
         self.labels = torch.from_numpy(images.labels[chosen[kept]]).to(device)  # (N,)
 
@@ -1179,6 +1181,8 @@ def _join(folder: Path, parts: dict[int, Path], labels: np.ndarray, meta: dict) 
             file.write(codes.tobytes())
 
     write_file(folder / "tokens.npy", write)
+    if (labels < 0).all():
+        raise ValueError(f"none of the {len(labels)} images for {folder} can be read; get them again.")
     write_file(folder / "labels.npy", lambda file: np.save(file, labels))
     checksums = {name: _checksum(folder / name) for name in ("tokens.npy", "labels.npy")}
     text = json.dumps(meta | {"checksums": checksums}, indent=1)
@@ -1285,6 +1289,8 @@ def main(argv: list[str] | None = None) -> None:
     device, first = choose_device(args.device), rank_and_world()[0] == 0
     if args.command == "train":
         check_output(args.out)
+        if Path(args.out).resolve() in (Path(args.data).resolve(), Path(args.subset).resolve()):
+            raise ValueError(f"{args.out} is an input and would be overwritten; choose another name.")
         images = open_images(args.data, "train", args.subset)
         print(images.summary)
         config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=args.codes)
