@@ -551,9 +551,12 @@ def test_encoding_reads_ahead_in_bounded_pieces():
         assert tokenizer.cache_meta(moved, vq, 16, (1.1, 1.05)) == one.meta
     flags = torch.backends.cudnn
     vq.encode = lambda x: sizes.append(flags.allow_tf32) or encode(x)
-    with patch.object(flags, "allow_tf32", True):
+    kept, flags.allow_tf32 = flags.allow_tf32, True
+    try:
         tokenizer.encode_pixels(vq, torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
         assert sizes == [False] and flags.allow_tf32 is True  # TF32 would move codes
+    finally:
+        flags.allow_tf32 = kept
 
 
 def test_prepare_returns_what_it_settles():
@@ -2104,8 +2107,8 @@ def test_train_refuses():
         none.txt no file             | --subset none.txt
         dogs.txt 'dog' no images     | --subset dogs.txt
         vq.pt cannot write           | --cache vq.pt
-        no checkpoint at none.pt     | --init none.pt
-        no checkpoint at pipe        | --init pipe
+        there is no file none.pt     | --init none.pt
+        there is no file pipe        | --init pipe
         holds a VQ tokenizer         | --init vq.pt
         note.txt is damaged          | --init note.txt
         but this run needs           | --init runs/trained/checkpoint.pt --model tiny
@@ -2133,7 +2136,7 @@ def test_every_number_has_its_range():
     for field in train.fields(train.Config):
         train.add_flag(parser, field, "")
     for name, (low, high) in number_ranges().items():
-        flag, whole = "--" + name.replace("_", "-"), train.Config.__annotations__[name] is int
+        flag, whole = "--" + name.replace("_", "-"), train.Config.__annotations__[name].__origin__ is int
         outside = [low - 1] + [high + 1] * (high < math.inf) + ["1.5"] * whole
         for text in ["nan", "inf", "-inf", "many", "", *outside]:
             words = f"argument {flag}: {text} is not a"
@@ -2145,9 +2148,9 @@ def test_sample_refuses():
     refuses_all(sample.main, """
         name a run folder            | --cfg 2
         name a run folder            | runs/trained --gpt x.pt
-        no checkpoint at none        | none
-        no checkpoint at none.pt     | none.pt
-        no checkpoint at pipe        | --gpt pipe --vq vq.pt
+        there is no file none        | none
+        there is no file none.pt     | none.pt
+        there is no file pipe        | --gpt pipe --vq vq.pt
         holds a VQ tokenizer         | vq.pt
         note.txt is damaged          | note.txt
         """)
@@ -2215,7 +2218,7 @@ def test_probe_refuses():
         torch.save(saved | changes, root / "runs" / name / "checkpoint.pt")
     refuses_all(probe.main, """
         runs                         |
-        no checkpoint at none        | none
+        there is no file none        | none
         holds a VQ tokenizer         | vq.pt
         trained with classes         | runs/renamed
         """)
