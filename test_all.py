@@ -621,6 +621,17 @@ def test_tokenizer_files_of_another_kind():
         refuses(ValueError, "x.pt damaged or no file of weights", tokenizer.load_tokenizer, path)
         torch.save({"model": tiny_model().state_dict()}, path)
         refuses(ValueError, "a transformer expected VQ", tokenizer.load_tokenizer, path)
+        good = torch.load(workshop() / "vq.pt", weights_only=True)
+        config, state = good["vq_config"], good["model"]
+        for words, changes in (
+                ("another structure warp", {"vq_config": config | {"warp": 9}}),
+                ("another structure zero", {"vq_config": config | {"groups": 0}}),
+                ("another structure size mismatch", {"vq_config": config | {"ch": 8}}),
+                ("another structure quant_conv.bias", {"model": state | {"quant_conv.bias": torch.ones(3)}}),
+                ("another structure surprise", {"model": state | {"surprise": torch.ones(3)}}),
+                ("nan", {"model": state | {"quant_conv.bias": torch.full((8,), math.nan)}})):
+            torch.save(good | changes, path)
+            refuses(ValueError, f"x.pt {words}", tokenizer.load_tokenizer, path)
 
 
 def test_write_file_keeps_the_old_on_failure():
@@ -2418,7 +2429,6 @@ def test_exercises_fit_the_code():
 
 # ---- Stress: python test_all.py --stress -------------------------------------------------------------------
 
-KILLS = 30
 TELL = """
 import sys, tokenizer, train
 steps = train.train
@@ -2464,9 +2474,8 @@ def job(folder, world, moments):
     moments  for each start the seconds until the kill (of a training, of a sampling); at their end none
     """
     folder.mkdir()
-    settings = [*TINY, "--data", "../images", "--codes", 64, "--dropout", 0.1]
-    training = [HERE / "train.py", *settings, "--tokenizer-steps", 60, "--steps", 60, "--save-every", 10,
-                "--name", "job"]
+    training = [HERE / "train.py", *TINY, "--name", "job", "--data", "../images", "--codes", 64,
+                "--dropout", 0.1, "--tokenizer-steps", 60, "--steps", 60, "--save-every", 10]
     sampling = [HERE / "sample.py", "runs/job", "--npz", "job.npz", "--num", 40, "--batch", 4, "--cfg", 2]
     kills = 0
     for stage, command in enumerate((training, sampling)):
@@ -2489,9 +2498,9 @@ def stress_killed_thirty_times():
         start = time.time()
         whole[world], _ = job(workshop() / f"whole-{world}", world, iter(()))
         seconds[world] = time.time() - start
-    while survived < KILLS:
+    while survived < 30:
         world, rounds = 1 + rounds % 2, rounds + 1
-        moments = (rng.uniform(0, (seconds[world], seconds[world] / 2)) for _ in range(KILLS - survived))
+        moments = (rng.uniform(0, (seconds[world], seconds[world] / 2)) for _ in range(30 - survived))
         found, kills = job(workshop() / f"killed-{rounds}", world, moments)
         assert all(map(same, found, whole[world])), f"round {rounds}, {world} process(es), {kills} kills"
         survived += kills
