@@ -813,15 +813,16 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
     if "quantize.embedding.weight" not in state:
         found = "a transformer" if "tok_embeddings.weight" in state else "neither tokenizer nor transformer"
         raise ValueError(f"{path} holds {found}; expected a VQ tokenizer, such as vq_ds16_c2i.pt.")
-    codebook = state["quantize.embedding.weight"]
-    config = VQConfig(**content["vq_config"]) if "vq_config" in content else \
-        replace(VQConfig(), codebook_size=codebook.shape[0], codebook_dim=codebook.shape[1])
-    vq = VQModel(config)
     try:
+        codes, D = state["quantize.embedding.weight"].shape
+        vq = VQModel(VQConfig(**content["vq_config"]) if "vq_config" in content
+                     else replace(VQConfig(), codebook_size=codes, codebook_dim=D))
         vq.load_state_dict(state)
-    except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip()[:200]
+    except Exception as error:  # what other settings, names and shapes make torch raise has no end
+        detail = str(error).splitlines()[-1].strip()[:200]
         raise ValueError(f"{path} is a tokenizer of another structure than vq_ds16: {detail}") from None
+    if not all(tensor.isfinite().all() for tensor in vq.state_dict().values()):
+        raise ValueError(f"{path} is useless: it holds nan or inf, as its training diverged.")
     return vq.eval().requires_grad_(False).to(device)
 
 
