@@ -20,7 +20,8 @@ where the paper states it, "our choice:" where it leaves room. Where everything 
     Fig. 3   train.Objective.forward   how all of it plays together
 
 Shapes in comments: B images on this process, B_all images on all of them, V views of each image, T tokens, n
-codes, K sampled positions, C width, S slots (see `info_nce`). A (B V) axis is image-major: row b V + m.
+codes (the vocabulary), K sampled positions, C width, S slots (see `info_nce`). A (B V) axis is image-major:
+row b V + m.
 """
 
 from contextlib import nullcontext
@@ -42,8 +43,9 @@ def sample_key_mask(batch: int, num_tokens: int, ratio: float, generator: torch.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"the mask ratio must lie in [0, 1), not {ratio}.")
-    order = torch.rand(batch, num_tokens - 1, generator=generator, device=generator.device).argsort(1)
-    masked = order < round(ratio * (num_tokens - 1))  # the rank of each position in a random order
+    noise = torch.rand(batch, num_tokens - 1, generator=generator, device=generator.device)
+    shuffled = noise.argsort(1)  # in each row a random permutation of 0 ... T - 2
+    masked = shuffled < round(ratio * (num_tokens - 1))  # exactly that many are True, anywhere
     return F.pad(masked, (1, 0))
 
 
@@ -103,8 +105,8 @@ def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
     float32, also under autocast. The accuracy is the share of anchors closest to their positive.
     """
     a, t = F.normalize(anchors.float(), dim=-1), F.normalize(targets.float().detach(), dim=-1)
-    mixed = torch.amp.is_autocast_available(a.device.type)  # bfloat16 cannot tell .990 from .992
-    with torch.autocast(a.device.type, enabled=False) if mixed else nullcontext():
+    has_autocast = torch.amp.is_autocast_available(a.device.type)
+    with torch.autocast(a.device.type, enabled=False) if has_autocast else nullcontext():  # bfloat16 has ties
         logits = a @ t.mT / temperature  # (S, B, B_all)
     S, B, B_all = logits.shape
     positive = torch.arange(own_start, own_start + B, device=logits.device).repeat(S)  # (S B,)
@@ -162,7 +164,7 @@ def label_accuracy(classes: torch.Tensor) -> torch.Tensor:
     """What InfoNCE accuracy copying the label alone would reach; classes (B_all,), as the model saw them.
 
     Both anchor and target know the class, so a guess among the images of the same class is free. Logged
-    beside the contrastive accuracies: only what exceeds it is understanding of the image.
+    beside the contrastive accuracies: what exceeds it is not explained by the label.
     """
     same = classes[:, None] == classes
     return (1 / same.sum(1)).mean()

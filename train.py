@@ -256,7 +256,7 @@ class Objective(nn.Module):
     """Student, projector and teacher, and what a step makes of them: Eq. 8 on a batch.
 
     One module, so that DDP averages the gradients of model and projector together, and torch.compile makes
-    one graph of networks and losses, in which the logits, the largest tensor, are never stored in float32.
+    one graph of networks and losses, which never stores the logits, the largest tensor, in float32.
     """
 
     def __init__(self, config: Config, student: Transformer, rank: int = 0):
@@ -271,25 +271,25 @@ class Objective(nn.Module):
         """The four parts of a `Batch` -> {"loss": Eq. 8, "loss_ar": its first term, ..., "acc_step": ...}."""
         V, depth, last = self.config.views, self.config.depth, self.student.config.n_layer
         mim_on, step_on, view_on = (term in self.config.terms for term in ("mim", "step", "view"))
-        masking_on = mim_on  # paper: the student's keys are hidden exactly when L_MIM is on
+        masking_on = mim_on  # our choice: the student's keys are hidden exactly when L_MIM is on
         tokens = tokens.flatten(0, 1)  # (B V, T): all views in one batch
         inputs = tokens[:, :-1], classes.repeat_interleave(V)  # x_1 ... x_{T-1} and c, of each view
 
-        hidden_keys = key_mask if masking_on else None
-        logits, hidden, _ = self.student(*inputs, key_mask=hidden_keys, layers=(depth, last))
+        mask = key_mask if masking_on else None
+        logits, features, _ = self.student(*inputs, key_mask=mask, layers=(depth, last))
         terms, log = {"ar": losses.ar_loss(logits, tokens)}, {}  # Eq. 2, under the mask of Eq. 3
         if mim_on or step_on or view_on:
-            with torch.no_grad():  # nothing hidden, no gradient, no logits; blocks as far as needed
+            with torch.no_grad():  # no key masked, no gradient, no logits; blocks as far as needed
                 layers = (depth, last) if mim_on else (depth,)
-                target = self.teacher(*inputs, layers=layers, head=False).hidden
+                targets = self.teacher(*inputs, layers=layers, head=False).hidden
         if mim_on:
-            terms["mim"] = losses.mim_loss(hidden[last], target[last])  # Eq. 4
+            terms["mim"] = losses.mim_loss(features[last], targets[last])  # Eq. 4
         if step_on or view_on:
             def by_slot(x):  # (B V, K, C) -> (V, K, B, C)
                 return x.unflatten(0, (-1, V)).permute(1, 2, 0, 3)
 
-            z = by_slot(self.projector(hidden[depth][:, positions]))  # (V, K, B, C), Eq. 5
-            target = losses.gather_images(by_slot(target[depth][:, positions]), dim=2)  # (V, K, B_all, C)
+            z = by_slot(self.projector(features[depth][:, positions]))  # (V, K, B, C), Eq. 5
+            target = losses.gather_images(by_slot(targets[depth][:, positions]), dim=2)  # (V, K, B_all, C)
             tau = self.config.temperature
             own_start = self.rank * z.shape[2]  # of this process's images among those of all
             if step_on:  # Eq. 6
