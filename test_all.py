@@ -551,7 +551,7 @@ def test_encoding_reads_ahead_in_bounded_pieces():
         assert tokenizer.cache_meta(moved, vq, 16, (1.1, 1.05)) == one.meta
     flags = torch.backends.cudnn
     vq.encode = lambda x: sizes.append(flags.allow_tf32) or encode(x)
-    with patch.object(flags, "allow_tf32", True):
+    with flags.flags(enabled=True, allow_tf32=True):
         tokenizer.encode_pixels(vq, torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
         assert sizes == [False] and flags.allow_tf32 is True  # TF32 would move codes
 
