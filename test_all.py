@@ -116,7 +116,7 @@ def refuses_all(main, table, *before):
         REFUSED.append(arguments)
 
 
-def tiny_model(seed=0, head=True, **changes):
+def tiny_model(seed=0, **changes):
     """A model of 3 layers on a 4 x 4 grid, with a random head, so that logits say something."""
     torch.manual_seed(seed)
     config = dict(n_layer=3, n_head=2, dim=32, vocab_size=11, num_classes=5, num_tokens=16, dropout=0.0)
@@ -551,8 +551,7 @@ def test_encoding_reads_ahead_in_bounded_pieces():
         assert tokenizer.cache_meta(moved, vq, 16, (1.1, 1.05)) == one.meta
     flags = torch.backends.cudnn
     vq.encode = lambda x: sizes.append(flags.allow_tf32) or encode(x)
-    kept, flags.allow_tf32 = flags.allow_tf32, True
-    try:
+    with flags.flags(enabled=True, allow_tf32=True):
         tokenizer.encode_pixels(vq, torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
         assert sizes == [False] and flags.allow_tf32 is True  # TF32 would move codes
     finally:
@@ -2540,13 +2539,12 @@ def stress_one_two_and_four_processes():
 # ---- The runner --------------------------------------------------------------------------------------------
 
 def main():
-    words, failed = sys.argv[1:], 0
-    kind = "stress_" if "--stress" in words else "test_"
-    words = [word for word in words if word != "--stress"]
-    tests = {name: test for name, test in globals().items() if name.startswith(kind)}
-    on_cuda = {name: test for name, test in globals().items() if name.startswith("cuda_test_")}
-    tests |= on_cuda if torch.cuda.is_available() else {}
-    for name in [name for name in tests if words and not any(word in name for word in words)]:
+    words, failed = [word for word in sys.argv[1:] if word != "--stress"], 0
+    kinds = ("stress_",) if "--stress" in sys.argv else ("test_", "cuda_test_")
+    tests = {name: test for name, test in globals().items() if name.startswith(kinds)
+             and (not words or any(word in name for word in words))}
+    skipped = [name for name in tests if name.startswith("cuda") and not torch.cuda.is_available()]
+    for name in skipped:
         del tests[name]
     for name, test in tests.items():
         start, printed, result = time.time(), io.StringIO(), "ok    "
@@ -2557,12 +2555,12 @@ def main():
             failed, result = failed + 1, "FAILED"
             printed = re.sub(r".*\r", "", printed.getvalue())  # of progress bars only their end
             found = f"{printed[-2000:]}\n{traceback.format_exc()}"
-        title = name.removeprefix(kind).replace("_", " ")
+        title = re.sub("^(test|stress)_", "", name).replace("_", " ")
         print(f"{result} {time.time() - start:5.1f} s  {title}", *[found] * bool(found), sep="\n", flush=True)
     if REFUSED:
         print(f"{len(REFUSED)} bad command lines were refused, each in one line")
-    if not torch.cuda.is_available():
-        print(f"no GPU here: {len(on_cuda)} test(s) skipped")
+    if skipped:
+        print(f"no GPU here: {len(skipped)} test(s) skipped")
     print(f"{len(tests) - failed} passed, {failed} failed")
     sys.exit(failed > 0)
 
