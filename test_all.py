@@ -554,8 +554,6 @@ def test_encoding_reads_ahead_in_bounded_pieces():
     with flags.flags(enabled=True, allow_tf32=True):
         tokenizer.encode_pixels(vq, torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
         assert sizes == [False] and flags.allow_tf32 is True  # TF32 would move codes
-    finally:
-        flags.allow_tf32 = kept
 
 
 def test_prepare_returns_what_it_settles():
