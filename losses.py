@@ -19,9 +19,8 @@ where the paper states it, "our choice:" where it leaves room. Where everything 
     Eq. 8    losses.total_loss         the sum
     Fig. 3   train.Objective.forward   how all of it plays together
 
-Shapes in comments: B images on this process, B_all images on all of them, V views of each image, T tokens, n
-codes (the vocabulary), K sampled positions, C width, S slots (see `info_nce`). A (B V) axis is image-major:
-row b V + m.
+Shapes in comments: B images on this process, B_all on all of them, V views of each, T tokens, n codes (the
+vocabulary), K positions, C width, S slots (see `info_nce`). A (B V) axis is image-major: row b V + m.
 """
 
 from contextlib import nullcontext
@@ -43,9 +42,8 @@ def sample_key_mask(batch: int, num_tokens: int, ratio: float, generator: torch.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"the mask ratio must lie in [0, 1), not {ratio}.")
-    noise = torch.rand(batch, num_tokens - 1, generator=generator, device=generator.device)
-    shuffled = noise.argsort(1)  # in each row a random permutation of 0 ... T - 2
-    masked = shuffled < round(ratio * (num_tokens - 1))  # exactly that many are True, anywhere
+    shuffled = torch.rand(batch, num_tokens - 1, generator=generator, device=generator.device).argsort(1)
+    masked = shuffled < round(ratio * (num_tokens - 1))  # of 0 ... T - 2 in random order: just so many
     return F.pad(masked, (1, 0))
 
 

@@ -388,7 +388,8 @@ def resumed_config(config: Config, given: dict, checkpoint: dict) -> Config:
                              "another --name for new settings.")
     if (folder / "tokenizer.pt").exists():
         saved.tokenizer = str(folder / "tokenizer.pt")
-    saved = replace(saved, **given)
+    made = {"tokenizer": saved.tokenizer} if given.get("tokenizer") in ("shipped", "train") else {}
+    saved = replace(saved, **given | made)
     if tokenizer.fingerprint(tokenizer.load_tokenizer(saved.tokenizer)) != checkpoint["data"]["tokenizer"]:
         raise ValueError(f"{saved.tokenizer} is not the tokenizer that {folder} was trained with; name that "
                          "with --tokenizer FILE.")
