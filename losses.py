@@ -43,7 +43,7 @@ def sample_key_mask(batch: int, num_tokens: int, ratio: float, generator: torch.
     if not 0 <= ratio < 1:
         raise ValueError(f"the mask ratio must lie in [0, 1), not {ratio}.")
     shuffled = torch.rand(batch, num_tokens - 1, generator=generator, device=generator.device).argsort(1)
-    masked = shuffled < round(ratio * (num_tokens - 1))  # of 0 ... T - 2 in random order: just so many
+    masked = shuffled < round(ratio * (num_tokens - 1))  # each row a random order of 0 ... T - 2
     return F.pad(masked, (1, 0))
 
 

@@ -125,7 +125,7 @@ PRESETS = {
     "XL": PAPER | dict(model="XL", depth=18),
 }
 CHOICES = {"preset": list(PRESETS), "model": list(SIZES), "schedule": ["cosine", "constant"]}
-TWENTY = str(Path(__file__).with_name("assets") / "tiny-imagenet-20.txt")  # to encode all 200 takes hours
+TWENTY = str(Path(__file__).with_name("assets") / "tiny-imagenet-20.txt")  # a tenth of the encoding
 ON_CPU = {  # what a CPU runs instead, said loudly; the subset is that of Tiny ImageNet, not of --data
     "tiny": dict(subset=TWENTY, model="nano", depth=2, dropout=0.0, steps=5000, batch=32,
                  base_lr=2e-3 * 256 / 32, warmup=100, save_every=500, eval_images=1000),
