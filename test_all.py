@@ -1027,6 +1027,16 @@ def test_losses_of_a_batch_by_hand():
     assert abs(log["loss"].item() - expected) < 1e-4
 
 
+def test_a_cpu_compiles_only_when_asked_to():
+    compiled = []
+    with patch.object(torch, "compile", lambda module: compiled.append(module) or module):
+        for flags in ([], ["--compile"], ["--no-compile"]):
+            config, *_ = train.parse_arguments(["--preset", "nano", "--device", "cpu", *flags])
+            train.wrapped(a_run(config, an_objective(config)))
+            assert len(compiled) == config.compile == ("--compile" in flags), flags
+            compiled.clear()
+
+
 def test_networks_and_losses_are_one_graph():
     """fullgraph refuses whatever torch.compile would break the graph at, and so store the logits for."""
     for on in ("ar", "ar+view", "ar+mim+step+view"):
@@ -1369,17 +1379,6 @@ def test_a_decode_step_of_fixed_shape():
                 logits = decode(net, tokens[:, p - 1], torch.tensor([p]), cache)
                 assert torch.allclose(logits, growing(tokens[:, :p]), atol=1e-4), p
     assert len(graphs) == 1
-
-
-def cuda_test_sampling_as_a_graph():
-    """Replayed and eager steps agree: greedy tokens in float32, guided; and bfloat16 runs."""
-    net, classes = tiny_model().cuda(), torch.tensor([0, 3, 4], device="cuda")
-    for decode in (sample.decode_step, sample.compiled_decode(net, 6)):
-        for _ in range(2):  # a second batch records anew
-            graph = sample.generate(net, classes, cfg=2.0, temperature=0, decode=decode)
-            assert torch.equal(graph, sample.generate(net, classes, cfg=2.0, temperature=0))
-    sample.to_bfloat16(net)
-    assert sample.generate(net, classes, decode=sample.compiled_decode(net, 3)).max() < 11
 
 
 def test_bfloat16_leaves_the_rotary_table_alone():
@@ -2430,6 +2429,60 @@ def test_exercises_fit_the_code():
     removed = [line[1:] for diff in diffs for line in diff.splitlines() if line.startswith("-")]
     assert len(diffs) >= 8 and len(removed) >= 10
     assert not (missing := [line for line in removed if line not in code]), missing
+
+
+# ---- On a GPU only; what they need of the CPU is tested above ----------------------------------------------
+
+def cuda_test_a_compiled_bfloat16_step_against_float32():
+    """The same batch through a compiled bfloat16 step and the CPU's: every loss to 2 %, the norm to 5 %."""
+    config, logs = a_config(), {}
+    for name, wrap in (("cpu", lambda module: module), ("cuda", torch.compile)):
+        device, objective = torch.device(name), an_objective(config)
+        run = a_run(config, objective.to(device))._replace(device=device, bfloat16=name == "cuda")
+        logs[name] = train.train_step(run, wrap(objective), next(train.batches(run)), 0)
+    for name in ("loss", "loss_ar", "loss_mim", "loss_step", "loss_view", "grad_norm"):
+        expected, value = logs["cpu"][name].item(), logs["cuda"][name].item()
+        assert abs(value - expected) < (0.05 if name == "grad_norm" else 0.02) * expected, (name, expected, value)
+
+
+def cuda_test_sampling_as_a_graph():
+    """Replayed and eager steps agree: greedy tokens in float32, guided; and bfloat16 runs."""
+    net, classes = tiny_model().cuda(), torch.tensor([0, 3, 4], device="cuda")
+    for decode in (sample.decode_step, sample.compiled_decode(net, 6)):
+        for _ in range(2):  # a second batch records anew
+            graph = sample.generate(net, classes, cfg=2.0, temperature=0, decode=decode)
+            assert torch.equal(graph, sample.generate(net, classes, cfg=2.0, temperature=0))
+    sample.to_bfloat16(net)
+    assert sample.generate(net, classes, decode=sample.compiled_decode(net, 3)).max() < 11
+
+
+def cuda_test_from_training_to_scores():
+    """Trained, resumed from the checkpoint before the last, sampled, probed, scored."""
+    gpu, folder = ["--device", "cuda"], workshop() / "runs" / "gpu"
+    settings = [*SMALL, *gpu, "--name", "gpu", "--steps", 4, "--save-every", 2]
+    run(train.main, *settings)
+    first = metrics("gpu")
+    os.replace(folder / "previous.pt", folder / "checkpoint.pt")
+    run(train.main, *settings, "--resume")
+    assert [line["step"] for line in metrics("gpu")] == [1, 2, 3, 4] and first[-1]["memory_gb"] > 0
+    for a, b in zip(first, metrics("gpu")):
+        assert abs(a["loss"] - b["loss"]) < 0.02 * a["loss"]
+    run(sample.main, "runs/gpu", *gpu, "--num-images", 12, "--batch", 5, "--cfg", 2, "--npz", "gpu.npz")
+    assert "bf16" in str(np.load(workshop() / "gpu.npz")["protocol"])
+    assert "layer" in run(probe.main, "runs/gpu", *gpu, "--images", 4)
+    scored = run(fid.main, *gpu, "--real", "images", "--fake", "gpu.npz", "held-out", "--features", "classifier",
+                 "--classifier-steps", 10)
+    assert "nan" not in scored and "FD-c" in scored
+
+
+def cuda_test_all_gpus_equal_the_cpu():
+    """A step of as many processes as there are GPUs, over NCCL: each loss to 2 % of the CPU's."""
+    trained_run()
+    processes = max(n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count())
+    finish(launch("train.py", *SMALL, "--device", "cuda", "--name", "nccl", "--steps", 1, processes=processes))
+    for name, value in metrics("trained")[0].items():
+        if "loss" in name or name == "negatives":
+            assert abs(metrics("nccl")[0][name] - value) <= 0.02 * value, name
 
 
 # ---- Stress: python test_all.py --stress -------------------------------------------------------------------

@@ -94,7 +94,7 @@ class Config:
     # run
     seed: Annotated[int, 0, 2 ** 32 - 1] = 0  # of everything random
     device: str = ""  # cpu, cuda or cuda:N; default: cuda if there is one
-    compile: bool = True  # torch.compile on cuda
+    compile: bool = True  # torch.compile; a CPU only does it when asked to
     log_every: Count = 10  # steps between lines of metrics.jsonl
     save_every: Count = 500  # steps between checkpoints, validation losses and sample grids
     eval_images: Count = 2000  # held-out images for the validation loss
@@ -164,7 +164,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
 
     preset = given.get("preset", Config.preset)
     device = tokenizer.choose_device(given.get("device", "")).type
-    settings = PRESETS[preset] | {"device": device}
+    settings = PRESETS[preset] | {"device": device, "compile": device == "cuda"}
     if device == "cpu" and preset in ON_CPU and not resume:
         settings |= ON_CPU[preset]
         if "data" in given:  # the subset is one of Tiny ImageNet
@@ -380,7 +380,7 @@ def resumed_config(config: Config, given: dict, checkpoint: dict) -> Config:
         saved = Config(**checkpoint["config"])
     except TypeError:
         raise ValueError(f"{folder} was begun by another version of train.py; go on with that.") from None
-    saved.device = config.device
+    saved.device, saved.compile = config.device, config.compile
     free = {"data", "subset", "tokenizer", "cache", "skip_corrupt", "compile", "log_every"}
     for name in given.keys() - free:
         if getattr(saved, name) != given[name]:
@@ -591,16 +591,16 @@ def open_folder(run: Run) -> None:
 
 
 def wrapped(run: Run) -> nn.Module:
-    """run.objective: in DDP if there are several processes, and compiled on a GPU, if that is possible."""
+    """run.objective: in DDP if there are several processes, and compiled if that is wanted and possible."""
     forward = run.objective
     if run.world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    if run.device.type != "cuda" or not run.config.compile:
-        return forward
-    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):  # what Triton looks for
+    on_gpu = run.device.type == "cuda"  # there Triton looks for a C compiler, on a CPU Inductor for C++
+    if run.config.compile and (os.environ.get("CC" if on_gpu else "CXX") or any(map(
+            shutil.which, ("gcc", "clang") if on_gpu else ("g++", "clang++")))):
         return torch.compile(forward)
-    if run.rank == 0:
-        print("!! torch.compile needs a C compiler (install gcc): training without it, slower.")
+    if run.config.compile and run.rank == 0:
+        print("!! torch.compile needs a compiler (install gcc and g++): training without it, slower.")
     return forward
 
 
