@@ -5,7 +5,8 @@
 #     DATA=PACK.zip bash results/run.sh NAME ...          # other images than data/tiny-imagenet-200.zip
 #
 # From the top folder of a clone. The classes are those of assets/tiny-imagenet-20.txt. What is there already is not
-# made again, so that a stopped line goes on. CFGS are the guidance scales, NUM the samples at each.
+# made again, so that a stopped line goes on. CFGS are the guidance scales, NUM the samples at each. A line made with
+# changed code holds the change as "diff".
 set -euo pipefail
 name=$1
 shift
@@ -21,7 +22,7 @@ if [ ! -f "$out/trained" ]; then
   echo $((SECONDS - start)) > "$out/trained"
 fi
 [ -f "$out/probe.json" ] || python probe.py "runs/$name" --layers all --out "$out"
-for cfg in ${CFGS:-1 2}; do
+for cfg in ${CFGS:-1 1.5 2 3}; do
   [ -f "$out/cfg$cfg.npz" ] ||
     python sample.py "runs/$name" --npz "$out/cfg$cfg.npz" --num-images "${NUM:-5000}" --cfg "$cfg" --seed 0
 done
@@ -35,10 +36,11 @@ score() {  # REFERENCE, then more rows
 score reconstructions
 score originals reconstructions
 
-python - "$name" "$out" "$@" <<'EOF'
-import datetime, fcntl, json, pathlib, platform, subprocess, sys
+PYTHONPATH=. python - "$name" "$out" "$data" "$@" <<'EOF'
+import contextlib, datetime, fcntl, json, pathlib, platform, subprocess, sys
 import numpy, torch
-name, out, *flags = sys.argv[1:]
+import train
+name, out, data, *flags = sys.argv[1:]
 out, run = pathlib.Path(out), pathlib.Path("runs", name)
 metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 config = json.loads((run / "config.json").read_text())
@@ -47,12 +49,21 @@ scores = {}
 for reference in ("reconstructions", "originals"):
     table = json.loads((out / f"{reference}.json").read_text())["scores"]
     scores[reference] = {pathlib.Path(row).stem.split(" ")[0]: values for row, values in table.items()}
-commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+with contextlib.ExitStack() as held:  # the teacher's held-out loss; metrics.jsonl has the student's
+    resume = ["--resume", "--device", "cpu", "--name", name, "--data", data]
+    finished = train.set_up(*train.parse_arguments(resume), held)
+    finished.objective.student.load_state_dict(finished.objective.teacher.state_dict())
+    teacher_nll = train.validation_loss(finished)
+
+def git(*words):
+    return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+
 line = {"run": name, "command": " ".join(["bash results/run.sh", name, *flags]), "seed": config["seed"],
-        "commit": commit, "date": str(datetime.date.today()), "torch": torch.__version__,
-        "numpy": numpy.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
+        "commit": git("rev-parse", "--short", "HEAD"), "diff": git("diff", "HEAD", "--", "*.py"),
+        "date": str(datetime.date.today()), "torch": torch.__version__, "numpy": numpy.__version__,
+        "python": platform.python_version(), "threads": torch.get_num_threads(),
         "train_minutes": round(int((out / "trained").read_text()) / 60, 1), "losses": config["losses"],
-        "steps": metrics[-1]["step"], "metrics": metrics[-1],
+        "steps": metrics[-1]["step"], "metrics": metrics[-1], "teacher_nll": teacher_nll,
         "val_nll": {str(m["step"]): m["val_nll"] for m in metrics if "val_nll" in m},
         "layer": probe["layer"], "probe": probe["probe"], "attention": probe["attention"],
         "cosine": probe["cosine"], "codes_changed": probe["codes_changed"], "scores": scores}
