@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# results/runs.jsonl -> results/README.md, the table in README.md, assets/probe.png
+# results/runs.jsonl -> results/README.md, the table in README.md, assets/probe.png, assets/lengths.png
 #
 #     bash results/table.sh
 #
 # Runs are named VARIANT-STEPS-sSEED; of two lines of one run the later counts. A mean over seeds stands with half of
-# its 95 % interval (Student's t), a difference to AR is taken seed by seed. One seed: no interval.
+# its 95 % interval (Student's t), a difference is taken seed by seed. One seed: no interval.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHONPATH=. python - <<'EOF'
@@ -15,16 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import scipy.stats
+from PIL import Image
 
 import sample
 
-NAMES = {"ar": "AR", "mim": "+ MIM", "mim-step": "+ MIM + step", "mim-view": "+ MIM + view",
-         "step-view": "+ step + view", "all": "**all (ST-AR)**"}
+LOSSES = {"ar": "AR", "mim": "+ MIM", "mim-step": "+ MIM + step", "mim-view": "+ MIM + view",
+          "step-view": "+ step + view", "all": "**all (ST-AR)**"}  # the rows of the paper's Table 3
+MAIN, AR, ALL = 2000, LOSSES["ar"], LOSSES["all"]
 runs = {}  # (steps, variant) -> {seed: line}
 for line in map(json.loads, open("results/runs.jsonl")):
     variant, steps, seed = re.fullmatch(r"(.+)-(\d+)-s(\d+)", line["run"]).groups()
     runs.setdefault((int(steps), variant), {})[int(seed)] = line
 
+
+# ---- Columns: {name: (value of a line, decimals)} ----
 
 def curve(line, layer=None):
     """The probe's accuracy in % at the eight steps, of one layer (the run's own)."""
@@ -36,25 +40,40 @@ def pooled(line):
     return [100 * r["accuracy"] for r in line["probe"] if r["layer"] == line["layer"] and r["step"] == "mean"][0]
 
 
-def score(reference, cfg, measure):
+def guided(line, reference="reconstructions"):
+    """{guidance scale: scores} of one line."""
+    return {float(row[3:]): values for row, values in line["scores"][reference].items() if row.startswith("cfg")}
+
+
+for seeds in runs.values():  # the guidance scale with the lowest FD-c against decoded real codes, mean over seeds
+    shared = set.intersection(*(set(guided(line)) for line in seeds.values()))
+    best = min(sorted(shared), key=lambda cfg: sum(guided(line)[cfg]["FD-c"] for line in seeds.values()))
+    for line in seeds.values():
+        line["best_cfg"] = best
+
+
+def score(measure, cfg, reference="reconstructions"):
     factor = 100 if measure == "class agreement" else 1
-    return lambda line: factor * line["scores"][reference][f"cfg{cfg}"][measure]
+    return lambda line: factor * guided(line, reference)[cfg or line["best_cfg"]][measure]
 
 
-UNDERSTANDING = {  # column: (value of a line, decimals)
+UNDERSTANDING = {
     "last step": (lambda line: curve(line)[-1], 1), "best step": (lambda line: max(curve(line)), 1),
     "mean of steps": (lambda line: np.mean(curve(line)), 1), "mean-pooled": (pooled, 1),
     "best layer, last step": (
         lambda line: max(curve(line, layer)[-1] for layer in {r["layer"] for r in line["probe"]}), 1),
     "held-out loss": (lambda line: line["metrics"]["val_nll"], 3),
-    "minutes": (lambda line: line["train_minutes"], 1)}
+    "the teacher's": (lambda line: line.get("teacher_nll", math.nan), 3)}
 MEASURES = {"FD-c": 3, "IS-c": 2, "precision-c": 3, "recall-c": 3, "class agreement": 1}
 
 
-def scores(reference, cfgs=(1, 2)):
-    return {f"{measure}, cfg {cfg}": (score(reference, cfg, measure), decimals)
-            for cfg in cfgs for measure, decimals in MEASURES.items()}
+def scores(cfg, reference):
+    """Columns of one guidance scale, or with None of each row's best."""
+    scale = {"cfg": (lambda line: line["best_cfg"], 1)} if cfg is None else {}
+    return scale | {name: (score(name, cfg, reference), decimals) for name, decimals in MEASURES.items()}
 
+
+# ---- Tables ----
 
 def mean_and_half(values):
     """Mean, and half of its 95 % interval; 0 for one value."""
@@ -68,23 +87,34 @@ def cell(values, decimals, sign=""):
     return f"{mean:{sign}.{decimals}f}" + (f" ± {half:.{decimals}f}" if len(values) > 1 else "")
 
 
-def table(steps, columns):
-    """A Markdown table: a row per variant, then the difference of ST-AR to AR."""
-    known = [variant for count, variant in runs if count == steps]
-    order = [*(name for name in NAMES if name in known), *sorted(set(known) - set(NAMES))]
+def table(rows, columns, against=None):
+    """A Markdown table of {name: {seed: line}}, and below it each row's difference to the row `against`."""
+    def written(title, seeds, cells):
+        return f"| {title} | {seeds} | " + " | ".join(cells) + " |"
+
     text = ["| | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for variant in order:
-        seeds = runs[steps, variant]
-        cells = [cell([value(line) for line in seeds.values()], decimals)
-                 for value, decimals in columns.values()]
-        text.append(f"| {NAMES.get(variant, variant)} | {len(seeds)} | " + " | ".join(cells) + " |")
-    if "ar" in known and "all" in known:
-        a, b = runs[steps, "ar"], runs[steps, "all"]
-        both = sorted(a.keys() & b.keys())
-        cells = [cell([value(b[seed]) - value(a[seed]) for seed in both], decimals, "+")
-                 for value, decimals in columns.values()]
-        text.append(f"| *ST-AR - AR, by seed* | {len(both)} | " + " | ".join(cells) + " |")
+    for name, seeds in rows.items():
+        text.append(written(name, len(seeds), [cell([value(line) for line in seeds.values()], decimals)
+                                               for value, decimals in columns.values()]))
+    for name, seeds in rows.items() if against else ():
+        both = sorted(seeds.keys() & rows[against].keys())
+        if name != against and both:
+            title = f"*{name.strip('*')}, less {against.strip('*')}*"
+            text.append(written(title, len(both), [
+                cell([value(seeds[seed]) - value(rows[against][seed]) for seed in both], decimals, "+")
+                for value, decimals in columns.values()]))
     return "\n".join(text)
+
+
+def samples_of(rows, against=None, cfgs=(1, None), references=("reconstructions",)):
+    """Titled tables of samples, for each reference and guidance scale (None: each row's best)."""
+    text = []
+    for reference in references:
+        for cfg in cfgs:
+            how = "the best guidance scale of each row" if cfg is None else f"guidance {cfg:g}"
+            what = "decoded real codes" if reference == "reconstructions" else "originals"
+            text += [f"Samples at {how}, against {what}", table(rows, scores(cfg, reference), against)]
+    return text
 
 
 def bounds(line):
@@ -100,38 +130,90 @@ def bounds(line):
     return "\n".join(text)
 
 
-lengths = sorted({steps for steps, _ in runs})
-most = max(lengths, key=lambda steps: sum(len(seeds) for (count, _), seeds in runs.items() if count == steps))
-ABOUT = """Written by `bash results/table.sh` from runs.jsonl: one JSON line per run, with its command, commit,
-seed, versions, minutes and every number. `bash results/run.sh` trains, probes, samples and scores a run. Twenty
+def pulls(path):
+    """The table of results/gradients.jsonl."""
+    terms, text = ("ar", "mim", "step", "view"), []
+    text = ["| run | step | share of AR | MIM | step | view | cosine with AR: MIM | step | view | norm of all |",
+            "|---" * 10 + "|"]
+    for d in map(json.loads, open(path)):
+        cells = [f"{d[t]['share']:.2f}" if t in d else "" for t in terms]
+        cells += [f"{d[t]['cosine_with_ar']:+.2f}" if t in d else "" for t in terms[1:]]
+        text.append(f"| {d['run']} | {d['step']:,} | " + " | ".join(cells) + f" | {d['whole_norm']:.2f} |")
+    return "\n".join(text)
+
+
+# ---- results/README.md ----
+
+table3 = {name: runs[MAIN, variant] for variant, name in LOSSES.items() if (MAIN, variant) in runs}
+text = ["# Results", """Written by `bash results/table.sh` from runs.jsonl: one JSON line per run, with its command,
+commit, seed, versions, minutes and every number. `bash results/run.sh` trains, probes, samples and scores a run. Twenty
 classes of Tiny ImageNet (assets/tiny-imagenet-20.txt) at 32 px, shipped tokenizer, CPU preset `tiny` at other
 `--steps`, student weights, one thread per run, two runs side by side on two cores. Probe: top-1 in %, under the
 null class, on 1,000 held-out images, the contrast layer (2 of 4) unless said. Samples: 5,000 per run and guidance
-scale. ± is half of a 95 % interval over seeds."""
-text = ["# Results", ABOUT]
-for steps in lengths:
-    text += [f"## {steps:,} steps", "Understanding", table(steps, UNDERSTANDING),
-             "Samples against decoded real codes", table(steps, scores("reconstructions")),
-             "Samples against originals", table(steps, scores("originals"))]
-real = bounds(next(iter(runs[most, "ar"].values())))
+scale. ± is half of a 95 % interval over seeds; differences are taken seed by seed (the same order of data, initial
+weights and masks). Lines with `--compile` in their command differ from what they would be without by rounding only.
+What questions.md calls a change of code stands in the line as "diff", for `git apply` on its commit.""",
+        f"## Each loss: {MAIN:,} steps (the paper's Table 3)", "Understanding", table(table3, UNDERSTANDING, AR),
+        *samples_of(table3, AR, references=("reconstructions", "originals"))]
+longer = {"AR": runs[MAIN, "ar"], "AR, 1.3 times the steps": runs.get((2600, "ar"), {}), ALL: runs[MAIN, "all"]}
+if longer["AR, 1.3 times the steps"]:
+    text += ["## Equal time", "A step of ST-AR takes as long as 1.3 of AR's.",
+             table(longer, UNDERSTANDING, "AR, 1.3 times the steps"), *samples_of(longer, "AR, 1.3 times the steps")]
+lengths = sorted(steps for steps, variant in runs if variant == "all" and (steps, "ar") in runs)
+if len(lengths) > 1:
+    rows = {f"{name}, {steps:,} steps": runs[steps, variant] for steps in lengths
+            for variant, name in (("ar", AR), ("all", ALL))}
+    text += ["## Length", table(rows, UNDERSTANDING), *samples_of(rows)]
+others = {variant: {0: seeds[0]} for (steps, variant), seeds in runs.items()
+          if steps == MAIN and variant not in LOSSES and 0 in seeds}
+if others:
+    rows = {AR: {0: runs[MAIN, "ar"][0]}, ALL: {0: runs[MAIN, "all"][0]}} | dict(sorted(others.items()))
+    text += ["## Questions", f"{MAIN:,} steps, seed 0; what each changes, what we expected and what came of it: "
+             "[questions.md](questions.md).", table(rows, UNDERSTANDING), *samples_of(rows, cfgs=(1, 2))]
+if Path("results/gradients.jsonl").exists():
+    text += ["## Gradients", "`bash results/gradients.sh`: of each weighted term, on the blocks that all of them "
+             "reach; its share of the summed norms, its cosine with that of L_AR, and the norm of a whole step's "
+             "gradient, which is clipped at 1.", pulls("results/gradients.jsonl")]
+real = bounds(next(iter(runs[MAIN, "ar"].values())))
 text += ["## Real images", real]
 Path("results/README.md").write_text("\n\n".join(text) + "\n")
 
+# ---- README.md ----
+
 brief = {name: UNDERSTANDING[name] for name in ("last step", "mean of steps", "mean-pooled", "held-out loss")}
-sampled = scores("reconstructions")
-brief |= {name: sampled[name] for name in ("FD-c, cfg 1", "FD-c, cfg 2", "IS-c, cfg 2", "class agreement, cfg 2")}
+for measure, cfg in (("FD-c", 1), ("FD-c", 2), ("IS-c", 2), ("class agreement", 2)):
+    brief[f"{measure}, cfg {cfg}"] = score(measure, cfg), MEASURES[measure]
+gain = table({AR: table3[AR], ALL: table3[ALL]}, brief, AR).splitlines()[-1]
 start, end = "<!-- results/table.sh writes from here -->", "<!-- to here -->"
 before, rest = Path("README.md").read_text().split(start)
 after = rest.split(end)[1]
-Path("README.md").write_text("\n\n".join([before + start, table(most, brief), real, end + after]))
+top = table(table3, brief) + "\n" + gain
+Path("README.md").write_text("\n\n".join([before + start, top, real, end + after]))
 
+# ---- Pictures ----
+
+NAMED = (("ar", "AR"), ("all", "ST-AR"))
 curves, bands = {}, {}
-for variant, name in (("ar", "AR"), ("all", "ST-AR")):
-    points = [mean_and_half(values) for values in zip(*map(curve, runs[most, variant].values()))]
+for variant, name in NAMED:
+    points = [mean_and_half(values) for values in zip(*map(curve, runs[MAIN, variant].values()))]
     curves[name] = [(8 * i, mean) for i, (mean, _) in enumerate(points, 1)]
     bands[name] = [half for _, half in points]
-title = f"{most:,} steps, {len(runs[most, 'all'])} seeds, 95 % bands"
+title = f"{MAIN:,} steps, {len(runs[MAIN, 'all'])} seeds, 95 % bands"
 plot = sample.line_plot(curves, title, "step of 64", "linear probe, top-1 %", bands)
 sample.save_image("assets/probe.png", plot)
-print(f"results/README.md, README.md, assets/probe.png: {sum(map(len, runs.values()))} runs")
+
+if len(lengths) > 1:
+    panels = []
+    for label, value in (("linear probe at the last step, top-1 %", UNDERSTANDING["last step"][0]),
+                         ("held-out loss, nats", UNDERSTANDING["held-out loss"][0]),
+                         ("FD-c, no guidance", score("FD-c", 1)), ("FD-c, best guidance", score("FD-c", None))):
+        lines = {name: [(steps / 1000, np.mean([value(line) for line in runs[steps, variant].values()]))
+                        for steps in lengths] for variant, name in NAMED}
+        panels.append(sample.line_plot(lines, "", "thousand steps", label, width=480, height=300))
+    w, h = panels[0].size
+    sheet = Image.new("RGB", (2 * w, 2 * h), "white")
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (i % 2 * w, i // 2 * h))
+    sample.save_image("assets/lengths.png", sheet)
+print(f"results/README.md, README.md, assets/: {sum(map(len, runs.values()))} runs")
 EOF
