@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Do the losses pull against each other? At five points of one run: the gradient of each weighted term of Eq. 8 on the
-# blocks that all of them reach (1 ... depth), its size and its cosine with that of L_AR, over 64 batches at once.
+# blocks that all of them reach (1 ... depth), its size and its cosine with that of L_AR, over 16 batches at once.
 #
 #     bash results/gradients.sh NAME [flags of train.py]     # appends a line per point to results/gradients.jsonl
 #
@@ -23,11 +23,11 @@ def pulls(run, step):
     shared = list(objective.student.layers[:config.depth].parameters())
     everything = [p for p in objective.parameters() if p.requires_grad]
     sums, norms = {term: 0 for term in config.terms}, []
-    for i in range(64):
+    for i in range(16):
         values = objective(*train.draw_batch(config, run.cache, step + i, 0, 1))
         for term in config.terms:
             found = torch.autograd.grad(weights[term] * values[f"loss_{term}"], shared, retain_graph=True)
-            sums[term] = sums[term] + torch.cat([g.flatten() for g in found]) / 64
+            sums[term] = sums[term] + torch.cat([g.flatten() for g in found]) / 16
         whole = torch.autograd.grad(values["loss"], everything)
         norms.append(torch.cat([g.flatten() for g in whole]).norm().item())
     return sums, sum(norms) / len(norms)
