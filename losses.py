@@ -19,8 +19,8 @@ where the paper states it, "our choice:" where it leaves room. Where everything 
     Eq. 8    losses.total_loss         the sum
     Fig. 3   train.Objective.forward   how all of it plays together
 
-Shapes in comments: B images on this process, B_all on all of them, V views of each, T tokens, n codes (the
-vocabulary), K positions, C width, S slots (see `info_nce`). A (B V) axis is image-major: row b V + m.
+Shapes in comments: B images on this process, B_all on all of them, V views of each, T tokens, codes (how
+many there are), K positions, C width, S slots (see `info_nce`). A (B V) axis is image-major: row b V + m.
 """
 
 from contextlib import nullcontext
@@ -62,7 +62,7 @@ def sample_positions(num_tokens: int, count: int, generator: torch.Generator) ->
 # ---- The losses --------------------------------------------------------------------------------------------
 
 def ar_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Next-token prediction; logits (B, T, n) of positions 0 ... T - 1, tokens (B, T) = x_1 ... x_T. In nats.
+    """Next-token prediction, nats; logits (B, T, codes) of positions 0 ... T - 1, tokens (B, T): x_1 ... x_T.
 
         L_AR = -1/T sum_t log p_theta(x_t | c, x_<t)                                                   (Eq. 2)
     """
@@ -103,7 +103,7 @@ def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
     float32, also under autocast. The accuracy is the share of anchors closest to their positive.
     """
     a, t = F.normalize(anchors.float(), dim=-1), F.normalize(targets.float().detach(), dim=-1)
-    has_autocast = torch.amp.is_autocast_available(a.device.type)
+    has_autocast = torch.amp.is_autocast_available(a.device.type)  # meta tensors have none
     with torch.autocast(a.device.type, enabled=False) if has_autocast else nullcontext():  # bfloat16 has ties
         logits = a @ t.mT / temperature  # (S, B, B_all)
     S, B, B_all = logits.shape

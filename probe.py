@@ -1,8 +1,14 @@
-"""What a model understands: linear probe by step and layer, attention, consistency (Figures 1, 2, 4, 5, 7).
+"""What a model understands: linear probe by step and layer, attention, consistency.
 
 ST-AR (arXiv 2509.15185) argues from what the features of an autoregressive model know. This file draws those
 figures for any number of runs side by side, and measures what the paper shows by eye. The model is frozen and
-sees the null class throughout: under an image's own class the label would leak into every feature.
+sees the null class throughout: under an image's own class the label would leak into every feature. The
+paper's figures, and what draws them here (Fig. 3, the method, is in the table of losses.py):
+
+    Fig. 1a, 2, 5, 7   probe.draw_attention   where the current token looks
+    Fig. 1b, 4         probe.draw_probe       linear probe by step
+    Fig. 1c            probe.draw_codes       codes that change when the crop moves
+    Fig. 6             sample.save_samples    generated images
 
     python probe.py runs/tiny-ar runs/tiny --out figures                # pictures and probe.json
     python probe.py runs/tiny-ar runs/tiny --out figures --layers all   # also the layer x step table
@@ -18,6 +24,7 @@ import json
 import math
 import sys
 import tempfile
+from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -218,7 +225,8 @@ def fit(features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, settin
 
 
 @torch.no_grad()
-def evaluate(probes: Probes, features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor):
+def evaluate(probes: Probes, features: torch.Tensor, labels: torch.Tensor,
+             rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How many of `rows` each probe gets right, and its cross-entropy summed over them: (G, H) each."""
     device, correct, loss = probes.weight.device, 0, 0
     for chunk in rows.split(BATCH):
@@ -283,7 +291,7 @@ MASSES = ("class", "itself", "neighbours", "elsewhere")
 
 
 @torch.no_grad()
-def attention(model: Transformer, tokens: np.ndarray, batch: int = 4):
+def attention_maps(model: Transformer, tokens: np.ndarray, batch: int = 4) -> Iterator[torch.Tensor]:
     """Yield the attention of the next `batch` images, mean over heads: (B, L, T, T). tokens (N, T) codes."""
     device = model.output.weight.device
     for chunk in np.array_split(tokens, math.ceil(len(tokens) / batch)):
@@ -466,7 +474,7 @@ def draw_numbers(subjects: list[Subject], results: dict[str, dict]) -> dict[str,
 
 
 def draw_attention(subjects: list[Subject], args: argparse.Namespace) -> Image.Image:
-    """Figures 2, 5 and 7: where the current token looks, models side by side, a row per image and layer."""
+    """Figures 1a, 2, 5 and 7: where the current token looks, models side by side, by image and layer."""
     held_out = subjects[0].held_out
     T, grid = subjects[0].model.config.num_tokens, subjects[0].model.config.grid
     steps = args.map_steps or [T * i // 4 for i in range(1, 5)]
@@ -477,7 +485,7 @@ def draw_attention(subjects: list[Subject], args: argparse.Namespace) -> Image.I
     blocks, columns = [], []
     for subject in subjects:
         layers, block = layer_numbers(subject, args.map_layers)[:fewest], []
-        attended = torch.cat(list(attention(subject.model, subject.held_out.tokens[rows, 0])))
+        attended = torch.cat(list(attention_maps(subject.model, subject.held_out.tokens[rows, 0])))
         for row, maps in zip(rows, attended):
             pixels = tokenizer.center_crop(subject.images.read(row), held_out.meta["image_size"])
             seen = F.pad(maps[..., 1:], (0, 1))  # without the class
@@ -498,7 +506,7 @@ def draw_codes(subject: Subject, changed: dict[int, float], rows: np.ndarray) ->
     codes = codes.reshape(*codes.shape[:2], subject.model.config.grid, -1)
     cells = [[tinted(p, c != line[2]) for p, c in zip(crops[2:], line[2:])]
              for crops, line in zip(pixels, codes)]
-    columns = [("0 px", "")] + [(f"{shift} px", f"{100 * share:.0f} %") for shift, share in changed.items()]
+    columns = [("", "0 px")] + [("", f"{shift} px: {100 * share:.0f} %") for shift, share in changed.items()]
     return montage(cells, [""] * len(cells), columns, "Codes that change (blue) when the crop moves")
 
 
@@ -510,8 +518,9 @@ def measure(subject: Subject, args: argparse.Namespace) -> dict:
     layers = sorted({subject.depth, *layer_numbers(subject, args.layers)})
     results = subject.origin | {"layer": subject.depth, "probe": probe_subject(subject, layers, args)}
     rows = choose(subject.held_out, args.images, args.seed)
-    total = sum(weights.sum(0) for weights in attention(subject.model, subject.held_out.tokens[rows, 0]))
-    results["attention"] = attention_numbers(total / len(rows), subject.model.config.grid)
+    maps = attention_maps(subject.model, subject.held_out.tokens[rows, 0])
+    mean = sum(weights.sum(0) for weights in maps) / len(rows)  # (L, T, T)
+    results["attention"] = attention_numbers(mean, subject.model.config.grid)
     codes = crops_and_codes(subject, rows)[1]  # (N, 7, T)
     pairs = codes[:, :2].reshape(-1, codes.shape[2])
     features = extract(subject.model, pairs, [subject.depth], args.out)[:, :8]

@@ -14,6 +14,7 @@ import inspect
 import io
 import json
 import math
+import operator
 import os
 import re
 import resource
@@ -171,6 +172,12 @@ def checkpoint(name):
 def metrics(name):
     path = workshop() / "runs" / name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def named(path):
+    """What "script.name" or "script.Class.method" stands for; AttributeError if there is no such thing."""
+    script, _, name = path.partition(".")
+    return operator.attrgetter(name)(sys.modules[script])
 
 
 def same(a, b):
@@ -829,18 +836,21 @@ def test_checkpoints_of_both_kinds():
 
 # ---- losses.py ---------------------------------------------------------------------------------------------
 
-def test_the_equation_map_is_true():
-    """Each line of the table in losses.py names a function whose own text names the equation or figure."""
-    scripts = {"losses": losses, "model": model, "train": train}
-    lines = re.findall(r"^    (Eq\. \d|Fig\. \d) +(\S+) +(.*)$", losses.__doc__, re.M)
-    assert [what for what, *_ in lines] == [f"Eq. {n}" for n in range(2, 9)] + ["Fig. 3"]
-    for what, name, rest in lines:
-        for path in (name, *re.findall(r"(?:losses|model|train)\.[\w.]+", rest)):
-            script, *attributes = path.split(".")
-            found = scripts[script]
-            for attribute in attributes:
-                found = getattr(found, attribute)
-            assert path != name or what.startswith("Fig") or what in inspect.getsource(found), (what, path)
+def test_the_maps_of_equations_and_figures_are_true():
+    """The tables of losses.py and probe.py: functions whose own text names the equation or the figures."""
+    tables = losses.__doc__ + probe.__doc__
+    lines = re.findall(r"^    (Eq|Fig)\. ([\dabc, ]+?) +(\w+\.\S+) +(.*)$", tables, re.M)
+    numbers = {"Eq": [], "Fig": []}
+    for kind, which, name, rest in lines:
+        numbers[kind] += which.split(", ")
+        function, *_ = [named(path) for path in (name, *re.findall(r"(?:losses|model)\.[\w.]+", rest))]
+        assert kind == "Fig" or f"Eq. {which}" in inspect.getsource(function), (which, name)
+    assert numbers["Eq"] == list("2345678") and sorted(numbers["Fig"]) == ["1a", "1b", "1c", *"234567"]
+    drawn = {name: re.findall(r"\d[abc]?", function.__doc__.partition(":")[0])
+             for name, function in inspect.getmembers(probe, inspect.isfunction)
+             if (function.__doc__ or "").startswith("Figure")}
+    assert drawn == {name.removeprefix("probe."): which.split(", ")
+                     for _, which, name, _ in lines if name.startswith("probe.")}
 
 
 def test_key_masks():
@@ -1102,9 +1112,14 @@ def test_dropout_is_new_in_every_step_and_never_the_teachers():
     objective = an_objective(config, dropout=0.5)
     run, batch = a_run(config, objective), train.draw_batch(config, a_cache(), 0, 0, 1)
     first, second, again = (train.train_step(run, objective, batch, step)["loss_ar"] for step in (0, 1, 0))
-    assert abs(first - again) < 1e-4 < abs(first - second)
+    other = train.train_step(run._replace(rank=1), objective, batch, 0)["loss_ar"]  # of another process
+    assert abs(first - again) < 1e-4 < min(abs(first - second), abs(first - other))
     assert train.validation_loss(run) == train.validation_loss(run)  # no dropout in there
     assert all(module.training for module in objective.student.modules())  # and back to it afterwards
+    with tempfile.TemporaryDirectory() as folder, patch.object(train.Config, "folder", Path(folder)), \
+            patch.object(sample, "save_samples") as save_samples:
+        train.save(run, 1)
+    assert save_samples.called and all(module.training for module in objective.student.modules())
     assert not any(module.training for module in objective.teacher.modules())
 
 
@@ -1576,7 +1591,9 @@ def test_probe_settings_are_chosen_on_other_images():
     images = torch.arange(60).repeat_interleave(4)
     x = torch.randn(60, 1, 64, generator=g)[images] + 0.1 * torch.randn(240, 1, 64, generator=g)
     labels = torch.randint(4, (60,), generator=g)[images]
-    result, = probe.linear_probe(x, labels, images, x[:8], labels[:8], 4)
+    with patch.object(probe, "fit", wraps=probe.fit) as fit:
+        result, = probe.linear_probe(x, labels, images, x[:8], labels[:8], 4)
+    assert len(fit.call_args_list[0].args[2]) == 216 and len(fit.call_args.args[2]) == 240  # at last on all
     assert result["learning_rate"] == min(rate for rate, _ in probe.SETTINGS), result
     by_heart, = probe.linear_probe(x, labels, torch.arange(240), x[:8], labels[:8], 4)
     assert by_heart["learning_rate"] > result["learning_rate"], by_heart
@@ -1605,7 +1622,7 @@ def test_extracted_features_are_the_models():
     for i, n in enumerate((1, 3)):
         assert torch.allclose(x[:, 9 * i:9 * i + 8].float(), hidden[n][:, 1::2], atol=2e-2)
         assert torch.allclose(x[:, 9 * i + 8].float(), hidden[n].mean(1), atol=2e-2)
-    maps = torch.cat(list(probe.attention(net, codes.numpy(), batch=2)))  # (3, L, T, T), likewise
+    maps = torch.cat(list(probe.attention_maps(net, codes.numpy(), batch=2)))  # (3, L, T, T), likewise
     exact = net(codes[:, :-1], torch.full((3,), 5), return_attention=True).attention
     assert torch.allclose(maps, torch.stack([weights.mean(1) for weights in exact], 1), atol=1e-6)
 
@@ -1635,7 +1652,7 @@ def test_attention_numbers():
     assert np.allclose(shares, [1 / 16, 12 / 16, 3 / 16])
     assert abs(numbers["distance"][0] - (12 + 3 * math.sqrt(10)) / 15) < 1e-5
     net, (tokens, _) = tiny_model(), some_tokens(count=16)
-    weights = next(probe.attention(net, tokens.numpy()))[0]
+    weights = next(probe.attention_maps(net, tokens.numpy()))[0]
     numbers = probe.attention_numbers(weights, 4)
     assert np.allclose(sum(np.array(numbers[kind]) for kind in probe.MASSES), 1, atol=1e-5)
 
@@ -2408,18 +2425,17 @@ DOCUMENTS = {path: path.read_text() for path in (HERE / "README.md", HERE / "cou
 
 
 def test_documents_name_what_exists():
-    """Every `file.function` that they name, and every file that they link to."""
-    scripts = {"fid": fid, "losses": losses, "model": model, "probe": probe, "sample": sample,
-               "tokenizer": tokenizer, "train": train}
-    named = r"`({})\.(?!py|pt|json)([\w.]+)".format("|".join(scripts))
+    """Every `file.function` that they name, every file and every heading that they link to."""
+    scripts = "fid|losses|model|probe|sample|tokenizer|train"
     for path, text in DOCUMENTS.items():
-        for script, name in re.findall(named, text):
-            found = scripts[script]
-            for part in name.rstrip(".").split("."):
-                assert hasattr(found, part), f"{path}: {script}.{name} does not exist"
-                found = getattr(found, part)
+        for name in re.findall(rf"`((?:{scripts})\.(?!py|pt|json)[\w.]+)", text):
+            named(name.rstrip("."))
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (path.parent / link).exists(), f"{path}: no {link}"
+        headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+        anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        for link in re.findall(r"\]\(#([^)]+)\)", text):
+            assert link in anchors, f"{path}: no heading {link}"
 
 
 def test_exercises_fit_the_code():
