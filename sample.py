@@ -228,7 +228,7 @@ def line_plot(series: dict[str, list[tuple[float, float]]], title: str, x_label:
     for y in _ticks(y0, y1):
         draw.line([place(x0, y), place(x1, y)], "#DDDDDD", 2)
         draw.text((left - 12, place(x0, y)[1]), f"{y:g}", "black", font, anchor="rm")
-    for x in _ticks(x0, x1):
+    for x in filter(float.is_integer, map(float, _ticks(x0, x1))):  # steps, layers, positions are counts
         draw.text((place(x, y0)[0], bottom + 10), f"{x:g}", "black", font, anchor="ma")
     for colour, name in zip(COLOURS * 4, rows):
         if name in bands and len(rows[name]) > 1:  # lines lie above all bands, and bands shine through others

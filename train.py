@@ -10,7 +10,7 @@ ten crops per image are cached. The model is in model.py, the losses are in loss
     torchrun --nproc-per-node 8 train.py --preset small             # torchrun only for several processes
 
 Choices are tagged "paper:", "LlamaGen:" (its train_c2i.py) or "our choice:". Shapes in comments: B images of
-this process, V views of each, T tokens, K positions, C width, n codes.
+this process, V views of each, T tokens, K positions, C width.
 """
 
 import argparse
@@ -186,11 +186,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
 
 def check_config(c: Config, world: int) -> None:
     """Raise ValueError for settings that are not possible together."""
-    on, layers, crops = c.terms, SIZES[c.model][0], 10 * len(c.crop_ratios)
+    on, n_layer, crops = c.terms, SIZES[c.model][0], 10 * len(c.crop_ratios)
     for wrong, sentence in (
         (on[0] != "ar" or not set(on[1:]) <= {"mim", "step", "view"} or len(set(on)) < len(on),
          f"--losses {c.losses}: write ar, or ar plus some of mim, step, view, as in ar+mim+view"),
-        (c.depth > layers, f"--depth {c.depth}: model {c.model} has layers 1 ... {layers}"),
+        (c.depth > n_layer, f"--depth {c.depth}: model {c.model} has layers 1 ... {n_layer}"),
         (not 1 + ("view" in on) <= c.views <= crops,
          f"--views {c.views}: an image has {crops} crops, and the view loss compares at least 2"),
         ("step" in on and c.positions < 2, "the step loss compares at least 2 --positions"),
@@ -207,7 +207,7 @@ def check_config(c: Config, world: int) -> None:
 # ---- Batches -----------------------------------------------------------------------------------------------
 
 def seed_of(*key: int) -> int:
-    """A seed that is a function of `key` alone: randomness has no state to save, and all processes agree."""
+    """A seed made of `key` alone: no state to save. Its second number: 0 orders, 1 batches, 2 dropout."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -238,13 +238,13 @@ def draw_batch(config: Config, cache: tokenizer.TokenCache, step: int, rank: int
     epoch, i = divmod(step, len(rows) // B_all)
     images = rows[image_order(config.seed, epoch, len(rows))[i * B_all:(i + 1) * B_all]]  # all different
     g = torch.Generator().manual_seed(seed_of(config.seed, 1, step))
-    views = torch.rand(B_all, cache.tokens.shape[1], generator=g).argsort(1)[:, :V].numpy()  # different crops
+    crops = torch.rand(B_all, cache.tokens.shape[1], generator=g).argsort(1)[:, :V].numpy()  # the V views
     dropped = torch.rand(B_all, generator=g) < config.class_dropout
     key_mask = losses.sample_key_mask(B_all * V, T, config.mask_ratio, g)
     positions = losses.sample_positions(T, config.positions, g)
 
     mine = slice(rank * B_all // world, (rank + 1) * B_all // world)
-    tokens = torch.from_numpy(cache.tokens[images[mine, None], views[mine]].astype(np.int64))  # (B, V, T)
+    tokens = torch.from_numpy(cache.tokens[images[mine, None], crops[mine]].astype(np.int64))  # (B, V, T)
     null = len(cache.meta["classes"])
     classes = torch.from_numpy(cache.labels[images[mine]]).masked_fill(dropped[mine], null)
     return Batch(tokens, classes, key_mask.view(B_all, V, T)[mine].flatten(0, 1), positions)
