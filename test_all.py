@@ -2458,7 +2458,8 @@ def cuda_test_a_compiled_bfloat16_step_against_float32():
         logs[name] = train.train_step(run, wrap(objective), next(train.batches(run)), 0)
     for name in ("loss", "loss_ar", "loss_mim", "loss_step", "loss_view", "grad_norm"):
         expected, value = logs["cpu"][name].item(), logs["cuda"][name].item()
-        assert abs(value - expected) < (0.05 if name == "grad_norm" else 0.02) * expected, (name, expected, value)
+        tolerance = 0.05 if name == "grad_norm" else 0.02
+        assert abs(value - expected) < tolerance * expected, (name, expected, value)
 
 
 def cuda_test_sampling_as_a_graph():
@@ -2486,8 +2487,8 @@ def cuda_test_from_training_to_scores():
     run(sample.main, "runs/gpu", *gpu, "--num-images", 12, "--batch", 5, "--cfg", 2, "--npz", "gpu.npz")
     assert "bf16" in str(np.load(workshop() / "gpu.npz")["protocol"])
     assert "layer" in run(probe.main, "runs/gpu", *gpu, "--images", 4)
-    scored = run(fid.main, *gpu, "--real", "images", "--fake", "gpu.npz", "held-out", "--features", "classifier",
-                 "--classifier-steps", 10)
+    scored = run(fid.main, *gpu, "--real", "images", "--fake", "gpu.npz", "held-out",
+                 "--features", "classifier", "--classifier-steps", 10)
     assert "nan" not in scored and "FD-c" in scored
 
 
@@ -2495,7 +2496,8 @@ def cuda_test_all_gpus_equal_the_cpu():
     """A step of as many processes as there are GPUs, over NCCL: each loss to 2 % of the CPU's."""
     trained_run()
     processes = max(n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count())
-    finish(launch("train.py", *SMALL, "--device", "cuda", "--name", "nccl", "--steps", 1, processes=processes))
+    settings = [*SMALL, "--device", "cuda", "--name", "nccl", "--steps", 1]
+    finish(launch("train.py", *settings, processes=processes))
     for name, value in metrics("trained")[0].items():
         if "loss" in name or name == "negatives":
             assert abs(metrics("nccl")[0][name] - value) <= 0.02 * value, name
