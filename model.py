@@ -12,7 +12,7 @@ t positions of this call, s positions attended to.
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenizer import read_weights
+from tokenizer import check_finite, read_weights, telling
 
 # ---- Configuration -----------------------------------------------------------------------------------------
 
@@ -218,22 +218,25 @@ class Transformer(nn.Module):
 
 # ---- Checkpoints: {"model": student, "ema": teacher, "config": run config, ...} ----------------------------
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, whole: bool = False) -> dict:
     """The content of a checkpoint file, ours or LlamaGen's; a bare state dict as {"model": state dict}.
 
+    With `whole` it must be ours, with all that a run needs to go on.
     Raises FileNotFoundError, or ValueError for another kind of file or weights that are not finite.
     """
     content = read_weights(path)
     if "tok_embeddings.weight" in content:
         content = {"model": content}
+    kinds = dict.fromkeys(("model", "ema", "projector", "optimizer", "config", "data", "model_config"), dict)
+    for name, kind in (kinds | {"step": int}).items():
+        part = content.get(name, None if whole else kind())
+        if not isinstance(part, kind) or (kind is int and part < 0):
+            raise ValueError(f"{path} lacks {name}, or what it has is no {kind.__name__} that can be used.")
     state = content.get("model", {})
     if "cls_embedding.embedding_table.weight" not in state:
-        found = "a VQ tokenizer" if "quantize.embedding.weight" in state else \
-            "a text-conditional model" if "cls_embedding.uncond_embedding" in state else "something else"
-        raise ValueError(f"{path} holds {found}; expected a class-conditional transformer.")
-    for name, tensor in [*state.items(), *content.get("ema", {}).items()]:
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{path} is useless: {name} holds nan or inf, as the training diverged.")
+        raise ValueError(f"{path} holds a VQ tokenizer or something else, no class-conditional transformer.")
+    for name in ("model", "ema", "projector"):
+        check_finite(path, content.get(name, {}))
     return content
 
 
@@ -241,9 +244,9 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
                device="cpu") -> tuple[Transformer, dict]:
     """A transformer in eval mode and the rest of its checkpoint. Strict: every tensor must fit.
 
-    `ema` chooses the teacher's weights. Our checkpoints carry their config. From LlamaGen's, width, depth,
-    vocabulary and classes are read off the tensors, heads off `SIZES`, the token count off "freqs_cis" or
-    "args" where they are present, else off `image_size` (downsampling 16).
+    `ema` chooses the teacher's weights. Width, depth, vocabulary and classes are read off the tensors; the
+    rest is in our checkpoints' "model_config". For LlamaGen's, heads are read off `SIZES`, the token count
+    off "freqs_cis" or "args" where they are present, else off `image_size` (downsampling 16).
     Raises FileNotFoundError, or ValueError if `path` is no such file or lacks EMA weights.
     """
     content = load_checkpoint(path)
@@ -251,23 +254,24 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
         raise ValueError(f"{path} has no EMA weights; leave out --ema.")
     state = dict(content["ema" if ema else "model"])
     table = state.pop("freqs_cis", None)  # a stray attribute in some of LlamaGen's files
-    if "model_config" in content:
-        config = ModelConfig(**content["model_config"])
-    else:
+    with telling(path, "transformer of ours or LlamaGen's"):
         vocab_size, dim = state["tok_embeddings.weight"].shape
-        n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
-        heads = [n_head for depth, n_head, width in SIZES.values() if (depth, width) == (n_layer, dim)]
-        if not heads:
-            raise ValueError(f"{path}: {n_layer} layers of width {dim} are none of LlamaGen's sizes.")
-        args = vars(content.get("args", argparse.Namespace()))
-        side = args.get("image_size", image_size) // args.get("downsample_size", 16)
-        tokens = len(table) - 1 if table is not None else side ** 2
+        depth = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         num_classes = len(state["cls_embedding.embedding_table.weight"]) - 1
-        config = ModelConfig(n_layer, heads[0], dim, vocab_size, num_classes, tokens)
-    model = Transformer(config)
-    try:
+        if "model_config" in content:
+            settings = content["model_config"]
+        else:
+            heads = [n_head for n_layer, n_head, width in SIZES.values() if (n_layer, width) == (depth, dim)]
+            if not heads:
+                raise ValueError(f"{depth} layers of width {dim} are none of LlamaGen's sizes")
+            args = vars(content.get("args", argparse.Namespace()))
+            side = args.get("image_size", image_size) // args.get("downsample_size", 16)
+            settings = dict(n_head=heads[0], num_tokens=len(table) - 1 if table is not None else side ** 2)
+        read = dict(n_layer=depth, dim=dim, vocab_size=vocab_size, num_classes=num_classes)
+        config = ModelConfig(**settings | read)
+        if min(asdict(config).values()) < 0:
+            raise ValueError(f"{config} has a number below 0")
+        model = Transformer(config)
         model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {config}: {str(error).splitlines()[1].strip()}") from None
     rest = {key: value for key, value in content.items() if key not in ("model", "ema")}
     return model.eval().to(device), rest

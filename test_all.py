@@ -624,11 +624,11 @@ def test_tokenizer_files_of_another_kind():
         good = torch.load(workshop() / "vq.pt", weights_only=True)
         config, state = good["vq_config"], good["model"]
         for words, changes in (
-                ("another structure warp", {"vq_config": config | {"warp": 9}}),
-                ("another structure zero", {"vq_config": config | {"groups": 0}}),
-                ("another structure size mismatch", {"vq_config": config | {"ch": 8}}),
-                ("another structure quant_conv.bias", {"model": state | {"quant_conv.bias": torch.ones(3)}}),
-                ("another structure surprise", {"model": state | {"surprise": torch.ones(3)}}),
+                ("no tokenizer warp", {"vq_config": config | {"warp": 9}}),
+                ("no tokenizer zero", {"vq_config": config | {"groups": 0}}),
+                ("no tokenizer size mismatch", {"vq_config": config | {"ch": 8}}),
+                ("no tokenizer quant_conv.bias", {"model": state | {"quant_conv.bias": torch.ones(3)}}),
+                ("no tokenizer surprise", {"model": state | {"surprise": torch.ones(3)}}),
                 ("nan", {"model": state | {"quant_conv.bias": torch.full((8,), math.nan)}})):
             torch.save(good | changes, path)
             refuses(ValueError, f"x.pt {words}", tokenizer.load_tokenizer, path)
@@ -812,14 +812,14 @@ def test_checkpoints_of_both_kinds():
                 assert torch.equal(again(tokens, classes).logits, net(tokens, classes).logits)
             refuses(ValueError, "no EMA", model.load_model, path, ema=True)
             torch.save(state | {"surprise": torch.zeros(1)}, path)
-            refuses(ValueError, "does not fit surprise", model.load_model, path)
+            refuses(ValueError, "no transformer surprise", model.load_model, path)
         finally:
             del model.SIZES["test"]
         torch.save(state, path)
         refuses(ValueError, "3 layers width 32", model.load_model, path)
         names = ("tok_embeddings.weight", "cls_embedding.uncond_embedding")
         torch.save({"model": {name: torch.zeros(1) for name in names}}, path)
-        refuses(ValueError, "text-conditional", model.load_model, path)
+        refuses(ValueError, "something else", model.load_model, path)
         torch.save({"model": {"quantize.embedding.weight": torch.zeros(1)}}, path)
         refuses(ValueError, "a VQ tokenizer", model.load_model, path)
         path.write_bytes(b"not weights")
