@@ -215,10 +215,9 @@ def npz_side(path: str | Path) -> Side:
                     header = _read_header(file)
         with np.load(path) as file:
             small = {key: file[key] for key in NPZ_KEYS if key in file.files}
-    try:
+    with telling(path, "file of samples or statistics"):
         protocol = dict(json.loads(str(small.get("protocol", "{}"))))
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} has a protocol that is not a JSON object; sample again.") from None
+        classes = small["classes"].astype(str).ravel().tolist() if "classes" in small else None
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -232,7 +231,8 @@ def npz_side(path: str | Path) -> Side:
         return replace(side, count=count if isinstance(count, int) else None)
 
     shape, fortran, dtype = header
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or shape[0] < MIN_IMAGES or fortran:
+    pictures = len(shape) == 4 and shape[-1] == 3 and shape[0] >= MIN_IMAGES and min(shape) > 0
+    if dtype != np.uint8 or not pictures or fortran:
         order = "Fortran" if fortran else "C"
         raise ValueError(f"{path} holds {dtype} images of shape {shape} in {order} order; uint8 (N, H, W, 3) "
                          f"in C order with N at least {MIN_IMAGES} is needed.")
@@ -240,7 +240,6 @@ def npz_side(path: str | Path) -> Side:
     if labels is not None and (labels.shape != (N,) or labels.dtype.kind not in "iu"):
         raise ValueError(f"{path} has {N} images but labels (arr_1) of shape {labels.shape} and type "
                          f"{labels.dtype}; whole numbers of shape ({N},) are needed.")
-    classes = small["classes"].astype(str).ravel().tolist() if "classes" in small else None
     return replace(side, count=N, size=shape[1:3], batches=lambda batch: _npz_batches(path, batch),
                    labels=labels, classes=classes)
 

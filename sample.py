@@ -526,6 +526,7 @@ def reconstruct(path: Path, one: Trained, data: str | None, subset: str | None) 
     save_reconstructions(path, one.vq, settings)
 
 
+@tokenizer.enough_memory("lower --batch, or draw fewer --classes at a time")
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run it.
 

@@ -169,13 +169,11 @@ def check_output(path: str | Path) -> None:
     trial = there / f".{path.name}.{os.getpid()}.tmp"
     try:  # permissions alone would not tell of a read-only or full disk, or of too long a name
         with open(trial, "wb") as file:
+            trial.unlink()
             file.write(bytes(4096))
     except OSError as error:
         raise OSError(f"cannot write {path}: {there} takes no file of this name ({error.strerror}); choose "
                       "another place.") from None
-    finally:
-        if there.is_dir():
-            trial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -210,10 +208,10 @@ def read_weights(path: str | Path) -> dict:
 
 def check_finite(path: str | Path, weights: dict) -> None:
     """Raise ValueError unless `weights`, read from `path`, are {name: tensor of finite numbers}."""
-    for name, value in weights.items():
-        if not (torch.is_tensor(value) and value.is_floating_point() and value.float().isfinite().all()):
-            raise ValueError(f"{path} is useless: {name} holds nan, inf or no numbers at all (its training "
-                             "may have diverged).")
+    with telling(path, "file of weights"):
+        for name, value in weights.items():
+            if not (torch.is_tensor(value) and value.is_floating_point() and value.float().isfinite().all()):
+                raise ValueError(f"{name} holds nan, inf or no floats; did its training diverge?")
 
 
 def load_state(path: str | Path, part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
@@ -307,6 +305,8 @@ def open_images(source: str | Path, split: str = "train", subset: str | Path = "
     to keep, one per line. Classes are numbered by sorted folder name, as torchvision does.
     Raises FileNotFoundError, OSError or ValueError, in one sentence, if nothing usable is there.
     """
+    if not str(source):
+        raise ValueError("--data is empty (a variable that is not set?); name a folder, a zip, or: shapes.")
     if str(source) == "shapes":
         if subset:
             raise ValueError("the built-in shapes have no class folders to choose from; leave --subset out.")
@@ -341,7 +341,7 @@ def open_images(source: str | Path, split: str = "train", subset: str | Path = "
     if missing := [name for name in names if name not in files]:
         raise ValueError(f"{source} lists {missing[0]!r} in its annotations but does not hold it.")
     titles = {row[0]: row[1].split(",")[0] for row in table("words.txt")}
-    classes = [titles.get(folder, folder) for folder in folders]
+    classes = [titles.get(folder) or folder for folder in folders]
     if strange := [name for name in classes if not name.isprintable()]:
         raise ValueError(f"{source} has a class named {strange[0]!r}, which cannot be printed; rename it.")
     number = {folder: i for i, folder in enumerate(folders)}
@@ -378,7 +378,8 @@ def _read_subset(path: str | Path, folders: set[str], source: str | Path) -> set
     """The class folders that a text file lists, all of them among `folders`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; --subset takes a list of class folders.")
-    kept = {line.strip() for line in Path(path).read_text(errors="replace").splitlines()} - {""}
+    text = Path(path).read_text("utf-8-sig", "replace")  # some editors begin a file with an invisible mark
+    kept = {line.strip() for line in text.splitlines()} - {""}
     if not kept:
         raise ValueError(f"the subset {path} lists no class folder.")
     if unknown := sorted(kept - folders):
@@ -414,7 +415,10 @@ def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[
                 raise ValueError(f"{files[name][0]:,} bytes are too many")
             return get(top + name)
         except Exception as error:  # likewise: encrypted, an unknown method, wrong checksums, no permission
-            raise ValueError(f"{path} is damaged at {name!r} ({error}); get the file again.") from None
+            if not path.exists():  # the disk is gone, not one image, which could be skipped
+                raise FileNotFoundError(f"{path} is there no longer; put it back and try again.") from None
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path} is damaged at {name!r} ({reason}); get the file again.") from None
 
     return files, read
 
@@ -490,11 +494,14 @@ def digest(value) -> str:
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The RGB image that a file of this name holds, upright; 16-bit grey keeps its upper 8 bits.
 
-    Raises ValueError, in one sentence, if it holds none, or a strip whose sides differ a hundredfold.
+    Raises ValueError, in one sentence, if it holds none, floating-point numbers, or a strip whose sides
+    differ a hundredfold.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         ImageOps.exif_transpose(image, in_place=True)  # LlamaGen's reader leaves photographs on their side
+        if image.mode == "F":
+            raise ValueError("numbers of unknown range")
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         if max(image.size) > 100 * min(image.size):

@@ -298,7 +298,7 @@ class Objective(nn.Module):
                 terms["view"], log["acc_view"] = losses.view_loss(z, target, tau, own_start)
             log["acc_label"] = losses.label_accuracy(losses.gather_images(classes, dim=0))
         total = losses.total_loss(terms, self.config.alpha, self.config.beta)  # Eq. 8
-        return {"loss": total} | {f"loss_{name}": term for name, term in terms.items()} | log
+        return {"loss": total, **{f"loss_{name}": term for name, term in terms.items()}, **log}
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
@@ -373,7 +373,7 @@ def resumed_config(config: Config, given: dict, checkpoint: dict) -> Config:
     """The settings that the run began with; ValueError if those given by hand or the tokenizer are others."""
     folder, begun = config.folder, checkpoint["config"]
     kinds = {field.name: type(field.default) for field in fields(Config)}
-    if not all(name in kinds and isinstance(value, (kinds[name], int)) for name, value in begun.items()):
+    if begun.keys() != kinds.keys() or not all(isinstance(begun[name], (kinds[name], int)) for name in kinds):
         raise ValueError(f"{folder} was begun by another version of train.py; go on with that.")
     saved = replace(Config(**begun), name=config.name, device=config.device)
     free = {"data", "subset", "tokenizer", "cache", "skip_corrupt", "compile", "log_every"}
