@@ -1347,7 +1347,7 @@ def test_odd_checkpoints_are_refused_by_all_who_read_them():
         ("no transformer", good | settings(n_head="3"), (sampling,)),
         ("a number below 0", good | settings(norm_eps=-1.0), (sampling,)),
         ("no transformer", good | settings(norm_eps="x"), (sampling,)),
-        ("no transformer", good | settings(num_tokens=10 ** 14), (sampling,)),
+        ("too little memory", good | settings(num_tokens=10 ** 14), (sampling,)),
         ("lacks step", good | {"step": -1}, (sampling, resuming)),
         ("lacks step", good | {"step": 1.5}, (resuming,)),
         ("lacks step", good | {"step": "2"}, (resuming, starting)),

@@ -91,6 +91,12 @@ def within(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     return read
 
 
+def _is_memory(error: Exception) -> bool:
+    """Whether numpy or torch, which has a class of its own for GPUs alone, says that the memory is full."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(re.search("out of memory|allocate memory", str(error))))
+
+
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
     """Too little memory, of the GPU or the machine, becomes one ValueError that ends in `remedy`.
@@ -99,8 +105,8 @@ def enough_memory(remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch has a class of its own for GPUs alone
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+    except Exception as error:
+        if not _is_memory(error):
             raise
         amount = re.search(r" to allocate [\d.]+ \w+", str(error))
         raise ValueError(f"too little memory{amount[0] if amount else ''}; {remedy}.") from None
@@ -178,10 +184,15 @@ def check_output(path: str | Path) -> None:
 
 @contextmanager
 def telling(path: str | Path, kind: str) -> Iterator[None]:
-    """Whatever is raised while `path` is read becomes a ValueError: it is damaged or no `kind`."""
+    """Whatever is raised while `path` is read becomes a ValueError: it is damaged or no `kind`.
+
+    Only too little memory is not the file's fault and goes on as it is.
+    """
     try:
         yield
     except Exception as error:  # what odd bytes, names, types and shapes make the readers raise has no end
+        if _is_memory(error):
+            raise
         reason, lines = type(error).__name__, str(error).strip().splitlines()
         if lines and not isinstance(error, pickle.PickleError):  # whose advice is to let the file run code
             reason += f": {lines[-1].strip()[:200].rstrip('.')}"
