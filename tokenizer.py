@@ -178,8 +178,8 @@ def check_output(path: str | Path) -> None:
             trial.unlink()
             file.write(bytes(4096))
     except OSError as error:
-        raise OSError(f"cannot write {path}: {there} takes no file of this name ({error.strerror}); choose "
-                      "another place.") from None
+        raise OSError(f"cannot write {path}: {there} is no folder that you may write to ({error.strerror}); "
+                      "choose another place.") from None
 
 
 @contextmanager
