@@ -675,7 +675,7 @@ def test_outputs_that_are_links_devices_or_leftovers():
         assert (root / "pipe").is_fifo() and Path("/dev/null").is_char_device()
         kept = sorted(root.rglob("*"))
         tokenizer.check_output(root / "there" / "new" / "y.pt")
-        refuses(OSError, "File name too long", tokenizer.check_output, root / ("x" * 250))  # too long with .tmp
+        refuses(OSError, "name too long", tokenizer.check_output, root / ("x" * 250))  # with its .tmp
         for error in (OSError(30, "Read-only file system"), OSError(28, "No space left on device")):
             with patch("builtins.open", side_effect=error):  # the superuser has permission for everything
                 refuses(OSError, f"y.pt {error.strerror}", tokenizer.check_output, root / "y.pt")
