@@ -4,7 +4,7 @@ Definitions are those of ADM's evaluation suite (Dhariwal & Nichol, arXiv 2105.0
 evaluations/evaluator.py), which the paper uses, on the InceptionV3 weights released with
 mseitzer/pytorch-fid. Where those weights are missing, or images so small that Inception says little,
 `--features classifier` trains a small classifier on the real images and measures in its features; those
-numbers are called FD-c and so on, never FID.
+numbers are called FD-c and so on, never FID. One process is enough: under torchrun the others end at once.
 
     python fid.py --real data/tiny-imagenet-200.zip --fake out.npz --json scores.json
     python fid.py --real VIRTUAL_imagenet256_labeled.npz --fake samples.npz --weights inception.pth
@@ -33,7 +33,6 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -47,9 +46,10 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tokenizer import (IMAGE_SUFFIXES, ImageSet, VQModel, center_crop, check_output, choose_device,
-                       decode_image, digest, fingerprint, list_files, load_tokenizer, open_images,
-                       read_pixels, read_weights, to_float, to_uint8, within, write_file)
+from tokenizer import (IMAGE_SUFFIXES, ImageSet, VQModel, center_crop, check_finite, check_output,
+                       choose_device, decode_image, digest, enough_memory, fingerprint, list_files,
+                       load_tokenizer, open_images, rank_and_world, read_pixels, read_weights,
+                       telling, to_float, to_uint8, within, write_file)
 
 # ---- Images: sets of files, and what the tokenizer keeps of them -------------------------------------------
 
@@ -206,7 +206,7 @@ def npz_side(path: str | Path) -> Side:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file.")
     header = None
-    with _damage_told(path):
+    with telling(path, ".npz file"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError("wrong checksum")
@@ -215,10 +215,9 @@ def npz_side(path: str | Path) -> Side:
                     header = _read_header(file)
         with np.load(path) as file:
             small = {key: file[key] for key in NPZ_KEYS if key in file.files}
-    try:
+    with telling(path, "file of samples or statistics"):
         protocol = dict(json.loads(str(small.get("protocol", "{}"))))
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} has a protocol that is not a JSON object; sample again.") from None
+        classes = small["classes"].astype(str).ravel().tolist() if "classes" in small else None
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -232,7 +231,8 @@ def npz_side(path: str | Path) -> Side:
         return replace(side, count=count if isinstance(count, int) else None)
 
     shape, fortran, dtype = header
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or shape[0] < MIN_IMAGES or fortran:
+    pictures = len(shape) == 4 and shape[-1] == 3 and shape[0] >= MIN_IMAGES and min(shape) > 0
+    if dtype != np.uint8 or not pictures or fortran:
         order = "Fortran" if fortran else "C"
         raise ValueError(f"{path} holds {dtype} images of shape {shape} in {order} order; uint8 (N, H, W, 3) "
                          f"in C order with N at least {MIN_IMAGES} is needed.")
@@ -240,18 +240,8 @@ def npz_side(path: str | Path) -> Side:
     if labels is not None and (labels.shape != (N,) or labels.dtype.kind not in "iu"):
         raise ValueError(f"{path} has {N} images but labels (arr_1) of shape {labels.shape} and type "
                          f"{labels.dtype}; whole numbers of shape ({N},) are needed.")
-    classes = small["classes"].astype(str).ravel().tolist() if "classes" in small else None
     return replace(side, count=N, size=shape[1:3], batches=lambda batch: _npz_batches(path, batch),
                    labels=labels, classes=classes)
-
-
-@contextmanager
-def _damage_told(path):
-    try:
-        yield
-    except Exception as error:  # what a damaged file makes numpy and zipfile raise has no end
-        raise ValueError(f"{path} is damaged or no .npz file ({type(error).__name__}); copy it or write it "
-                         "again.") from None
 
 
 def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -261,7 +251,7 @@ def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _npz_batches(path, batch: int) -> Iterator[np.ndarray]:
-    with _damage_told(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+    with telling(path, ".npz file"), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         (N, H, W, _), *_ = _read_header(file)
         for start in range(0, N, batch):
             count = min(batch, N - start)
@@ -640,6 +630,7 @@ def load_inception(weights: str | None, cache: str | Path, resize: str = "adm",
     if wrong:
         raise ValueError(f"{path} is not FID's InceptionV3 ({len(wrong)} names or shapes differ, {wrong[0]} "
                          f"first); get {INCEPTION_URL}.")
+    check_finite(path, {name: value for name, value in state.items() if value.is_floating_point()})
     model.load_state_dict(state)
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     features = f"features: InceptionV3 with weights of sha256 {sha[:16]}, resize {resize}, float32"
@@ -773,13 +764,15 @@ def load_classifier(images: ImageSet, held_out: ImageSet, size: int, steps: int,
         write_file(path, lambda file: torch.save({"model": state, "accuracy": float(accuracy),
                                                   "held_out": len(held_out), "meta": meta}, file))
     saved = read_weights(path)
-    if saved.get("meta") != meta:
+    if str(saved.get("meta")) != str(meta):
         raise ValueError(f"{path} is not the classifier of {images.source}; delete it to train one again.")
     model = Classifier(len(images.classes), size)
-    model.load_state_dict(saved["model"])
+    with telling(path, "classifier"):
+        model.load_state_dict(saved["model"])
+        right = f"{saved['accuracy']:.1%} of {saved['held_out']:,}"
     line = (f"features: classifier {fingerprint(model)}, trained for {steps:,} steps on {len(images):,} "
             f"images of {images.source} {images.split} ({images.fingerprint}) at {size} px; right on "
-            f"{saved['accuracy']:.1%} of {saved['held_out']:,} held-out ones; {len(images.classes)} classes")
+            f"{right} held-out ones; {len(images.classes)} classes")
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), line
 
 
@@ -1046,11 +1039,14 @@ def read_sides(args: argparse.Namespace, opened: Opened) -> tuple[Side, list[Sid
     return real or image_side(sets[args.split], size), [rows[name] for name in args.fake], sets
 
 
+@enough_memory("lower --batch, or score fewer images")
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, measure, print the table with its protocol, write what was asked for.
 
     Raises ValueError or OSError, in one sentence, for what a user can mend.
     """
+    if rank_and_world()[0] > 0:
+        return  # one process does it all; more of them, under torchrun, would write the same files
     args = parse_args(argv)
     device = choose_device(args.device)
     opened, notes, warnings = open_all(args, device), [], []

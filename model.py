@@ -6,13 +6,13 @@ x_{p+1}. ST-AR (arXiv 2509.15185) trains this model with extra losses (losses.py
 the key mask of Eq. 3. Parameter names are LlamaGen's, so its published checkpoints load strictly and its
 tools read ours.
 
-Shapes in comments: B batch, T tokens per image, V vocabulary, C width, H heads, D head size, L layers,
-t positions of this call, s positions attended to.
+Shapes in comments: B batch, T tokens per image, C width, H heads, D head size, L layers, t positions
+of this call, s positions attended to.
 """
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenizer import read_weights
+from tokenizer import check_finite, read_weights, telling
 
 # ---- Configuration -----------------------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ class ModelConfig:
     n_layer: int
     n_head: int
     dim: int  # C
-    vocab_size: int = 16384  # V
+    vocab_size: int = 16384  # codes
     num_classes: int = 1000  # without the null class
     num_tokens: int = 256  # T, a square number
     dropout: float = 0.1  # of tokens, attention outputs and feed-forward outputs, in train mode
@@ -90,23 +90,27 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention; `allowed` (B or 1, 1, t, s) says which query may see which key."""
+    """Multi-head attention; `allowed` (B or 1, 1, t, s) says which query may see which key.
+
+    table: rotary factors of these t positions. plain_causal: `allowed` is the plain triangle, which the fused
+    kernel makes itself. past: joins keys and values with a cache's. explicit: also return the softmax.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads = (config.n_head, config.head_dim)
+        self.n_head, self.head_dim = config.n_head, config.head_dim
         self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, table, allowed, plain_causal, past, explicit):
-        qkv = self.wqkv(x).unflatten(-1, (3, *self.heads))  # (B, t, 3, H, D)
+        qkv = self.wqkv(x).unflatten(-1, (3, self.n_head, self.head_dim))  # (B, t, 3, H, D)
         q, k = rotate(qkv[:, :, :2], table).permute(2, 0, 3, 1, 4)  # (B, H, t, D) each
         v = qkv[:, :, 2].transpose(1, 2)
         if past is not None:
             k, v = past(k, v)  # (B, H, s, D): earlier keys and values, then these
         if explicit:  # softmax(Q K^T / sqrt(D) + causal + mask) V, written out
-            logits = q @ k.mT * self.heads[1] ** -0.5  # (B, H, t, s)
+            logits = q @ k.mT * self.head_dim ** -0.5  # (B, H, t, s)
             weights = logits.masked_fill(~allowed, -math.inf).softmax(-1)
             y = weights @ v
         else:
@@ -149,7 +153,7 @@ class TransformerBlock(nn.Module):
 
 class Output(NamedTuple):
     """What a forward returns; the parts that were not asked for are None or empty."""
-    logits: torch.Tensor | None  # (B, t, V) float32
+    logits: torch.Tensor | None  # (B, t, codes) float32
     hidden: dict[int, torch.Tensor]  # {n: output of the n-th block, (B, t, C)}
     attention: list[torch.Tensor]  # per layer (B, H, t, s), rows sum to 1
 
@@ -173,7 +177,7 @@ class Transformer(nn.Module):
         self.register_buffer("rope", rope_table(config), persistent=False)
         causal = torch.ones(config.num_tokens, config.num_tokens, dtype=torch.bool).tril()
         self.register_buffer("causal", causal, persistent=False)
-        for module in self.modules():  # LlamaGen: N(0, 0.02), and a zero head, so that the first loss is ln V
+        for module in self.modules():  # LlamaGen: N(0, 0.02), and a zero head, so that the first loss is ln(codes)
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
@@ -204,11 +208,11 @@ class Transformer(nn.Module):
         plain_causal = key_mask is None and start == 0  # the fused kernel then needs no mask
         needed = len(self.layers) if head else max(layers)  # blocks; no head, no need to go to the end
         hidden, attention = {}, []
-        for n, layer in enumerate(self.layers[:needed], 1):
-            past = partial(cache.append, n - 1) if cache is not None else None
+        for number, layer in enumerate(self.layers[:needed], 1):
+            past = partial(cache.append, number - 1) if cache is not None else None
             x, weights = layer(x, self.rope[start:end], allowed, plain_causal, past, return_attention)
-            if n in layers:
-                hidden[n] = x
+            if number in layers:
+                hidden[number] = x
             if return_attention:
                 attention.append(weights)
         if cache is not None:
@@ -218,22 +222,25 @@ class Transformer(nn.Module):
 
 # ---- Checkpoints: {"model": student, "ema": teacher, "config": run config, ...} ----------------------------
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, whole: bool = False) -> dict:
     """The content of a checkpoint file, ours or LlamaGen's; a bare state dict as {"model": state dict}.
 
+    With `whole` it must be ours, with all that a run needs to go on.
     Raises FileNotFoundError, or ValueError for another kind of file or weights that are not finite.
     """
     content = read_weights(path)
     if "tok_embeddings.weight" in content:
         content = {"model": content}
+    kinds = dict.fromkeys(("model", "ema", "projector", "optimizer", "config", "data", "model_config"), dict)
+    for name, kind in (kinds | {"step": int}).items():
+        part = content.get(name, None if whole else kind())
+        if not isinstance(part, kind) or (kind is int and part < 0):
+            raise ValueError(f"{path} lacks {name}, or what it has is no {kind.__name__} that can be used.")
     state = content.get("model", {})
     if "cls_embedding.embedding_table.weight" not in state:
-        found = "a VQ tokenizer" if "quantize.embedding.weight" in state else \
-            "a text-conditional model" if "cls_embedding.uncond_embedding" in state else "something else"
-        raise ValueError(f"{path} holds {found}; expected a class-conditional transformer.")
-    for name, tensor in [*state.items(), *content.get("ema", {}).items()]:
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{path} is useless: {name} holds nan or inf, as the training diverged.")
+        raise ValueError(f"{path} holds a VQ tokenizer or something else, no class-conditional transformer.")
+    for name in ("model", "ema", "projector"):
+        check_finite(path, content.get(name, {}))
     return content
 
 
@@ -241,9 +248,9 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
                device="cpu") -> tuple[Transformer, dict]:
     """A transformer in eval mode and the rest of its checkpoint. Strict: every tensor must fit.
 
-    `ema` chooses the teacher's weights. Our checkpoints carry their config. From LlamaGen's, width, depth,
-    vocabulary and classes are read off the tensors, heads off `SIZES`, the token count off "freqs_cis" or
-    "args" where they are present, else off `image_size` (downsampling 16).
+    `ema` chooses the teacher's weights. Width, depth, vocabulary and classes are read off the tensors; the
+    rest is in our checkpoints' "model_config". For LlamaGen's, heads are read off `SIZES`, the token count
+    off "freqs_cis" or "args" where they are present, else off `image_size` (downsampling 16).
     Raises FileNotFoundError, or ValueError if `path` is no such file or lacks EMA weights.
     """
     content = load_checkpoint(path)
@@ -251,23 +258,24 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
         raise ValueError(f"{path} has no EMA weights; leave out --ema.")
     state = dict(content["ema" if ema else "model"])
     table = state.pop("freqs_cis", None)  # a stray attribute in some of LlamaGen's files
-    if "model_config" in content:
-        config = ModelConfig(**content["model_config"])
-    else:
+    with telling(path, "transformer of ours or LlamaGen's"):
         vocab_size, dim = state["tok_embeddings.weight"].shape
-        n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
-        heads = [n_head for depth, n_head, width in SIZES.values() if (depth, width) == (n_layer, dim)]
-        if not heads:
-            raise ValueError(f"{path}: {n_layer} layers of width {dim} are none of LlamaGen's sizes.")
-        args = vars(content.get("args", argparse.Namespace()))
-        side = args.get("image_size", image_size) // args.get("downsample_size", 16)
-        tokens = len(table) - 1 if table is not None else side ** 2
+        depth = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         num_classes = len(state["cls_embedding.embedding_table.weight"]) - 1
-        config = ModelConfig(n_layer, heads[0], dim, vocab_size, num_classes, tokens)
-    model = Transformer(config)
-    try:
+        if "model_config" in content:
+            settings = content["model_config"]
+        else:
+            heads = [n_head for n_layer, n_head, width in SIZES.values() if (n_layer, width) == (depth, dim)]
+            if not heads:
+                raise ValueError(f"{depth} layers of width {dim} are none of LlamaGen's sizes")
+            args = vars(content.get("args", argparse.Namespace()))
+            side = args.get("image_size", image_size) // args.get("downsample_size", 16)
+            settings = dict(n_head=heads[0], num_tokens=len(table) - 1 if table is not None else side ** 2)
+        read = dict(n_layer=depth, dim=dim, vocab_size=vocab_size, num_classes=num_classes)
+        config = ModelConfig(**settings | read)
+        if min(asdict(config).values()) < 0:
+            raise ValueError(f"{config} has a number below 0")
+        model = Transformer(config)
         model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {config}: {str(error).splitlines()[1].strip()}") from None
     rest = {key: value for key, value in content.items() if key not in ("model", "ema")}
     return model.eval().to(device), rest

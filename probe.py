@@ -558,6 +558,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@tokenizer.enough_memory("lower --train-images or --images")
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run it.
 

@@ -9,7 +9,7 @@ for token.
     torchrun --nproc-per-node 8 sample.py runs/tiny --num-images 50000 --npz out.npz   # for fid.py
     python sample.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k 2000
 
-Shapes in comments: B images, T tokens, V vocabulary, S side in pixels.
+Shapes in comments: B images, T tokens,, S side in pixels.
 """
 
 import argparse
@@ -526,6 +526,7 @@ def reconstruct(path: Path, one: Trained, data: str | None, subset: str | None) 
     save_reconstructions(path, one.vq, settings)
 
 
+@tokenizer.enough_memory("lower --batch, or draw fewer --classes at a time")
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run it.
 

@@ -230,6 +230,7 @@ def test_reader_refuses_in_one_sentence():
         refuses(ValueError, "holds 1 image", tokenizer.open_images, root / "one")
         (root / "half.zip").write_bytes(b"PK\x03\x04 and then the connection broke")
         refuses(ValueError, "half.zip zip", tokenizer.open_images, root / "half.zip")
+        refuses(ValueError, "--data is empty", tokenizer.open_images, "")
         write_images(root / "bad", classes=2, each=3)
         (root / "bad" / "class1" / "00.png").write_bytes(b"")
         bad = tokenizer.open_images(root / "bad")
@@ -309,6 +310,9 @@ def test_subset_equals_a_pack_of_these_classes():
         vq = tokenizer.load_tokenizer(workshop() / "vq.pt")
         assert tokenizer.cache_meta(a, vq, 16, ()) == tokenizer.cache_meta(b, vq, 16, ())
         assert "of 2 classes (of 4: those in" in a.summary
+        (root / "list.txt").write_bytes(b"\xef\xbb\xbfclass1\r\nclass3")  # as Windows writes it
+        again = tokenizer.open_images(root / "all", "val", root / "list.txt")
+        assert again.fingerprint == c.fingerprint
         (root / "wrong.txt").write_text("class1\ndog\n")
         (root / "empty.txt").write_text("\n")
         for error, words, data, subset in ((ValueError, "wrong.txt 'dog' no images", "all", "wrong.txt"),
@@ -360,6 +364,7 @@ def test_pictures_of_every_kind():
                        ("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")):
         refuses(ValueError, f"{name} not a readable image", tokenizer.decode_image, data, name)
     refuses(ValueError, "not a readable image", decode, Image.new("L", (2000, 9)), "PNG")  # a strip
+    refuses(ValueError, "not a readable image", decode, Image.new("F", (9, 9)), "TIFF")  # of which range?
 
 
 def test_zips_that_are_damaged_or_hostile():
@@ -501,8 +506,11 @@ def test_cache_shards_resumes_and_refuses():
             tokenizer.build_cache(folder / "two", images, vq, 16, (1.1,))
         two = tokenizer.load_cache(folder / "two")
         assert np.array_equal(one.tokens, two.tokens) and np.array_equal(one.labels, two.labels)
-        left = sorted(path.name for path in (folder / "two").glob("[!.]*"))
-        assert left == ["labels.npy", "meta.json", "tokens.npy"]
+        for _ in range(2):
+            left = sorted(path.name for path in (folder / "two").glob("[!.]*"))
+            assert left == ["labels.npy", "meta.json", "tokens.npy"]
+            (folder / "two" / "parts-0" / "a folder").mkdir(parents=True)  # as a kill after meta.json leaves
+            tokenizer.build_cache(folder / "two", images, vq, 16, (1.1,))
         refuses(ValueError, "image_size 16 12", tokenizer.build_cache, folder / "two", images, vq, 12, (1.1,))
         refuses(ValueError, "18 multiple 4", tokenizer.build_cache, folder / "x", images, vq, 18, (1.1,))
 
@@ -618,6 +626,8 @@ def test_corrupt_images_are_skipped_only_if_asked():
         said = heard(tokenizer.build_cache, folder / "b", images, vq, 16, (1.1,), skip_corrupt=True)
         labels = tokenizer.load_cache(folder / "b").labels
         assert labels[1] == -1 and (labels >= 0).sum() == len(images) - 1 and broken in said
+        shutil.rmtree(folder / "images")  # a disk that is gone must not look like many bad images
+        refuses(FileNotFoundError, "there no longer", tokenizer.read_pixels, images, [0], np.asarray, True)
 
 
 def test_tokenizer_files_of_another_kind():
@@ -631,11 +641,11 @@ def test_tokenizer_files_of_another_kind():
         good = torch.load(workshop() / "vq.pt", weights_only=True)
         config, state = good["vq_config"], good["model"]
         for words, changes in (
-                ("another structure warp", {"vq_config": config | {"warp": 9}}),
-                ("another structure zero", {"vq_config": config | {"groups": 0}}),
-                ("another structure size mismatch", {"vq_config": config | {"ch": 8}}),
-                ("another structure quant_conv.bias", {"model": state | {"quant_conv.bias": torch.ones(3)}}),
-                ("another structure surprise", {"model": state | {"surprise": torch.ones(3)}}),
+                ("no tokenizer warp", {"vq_config": config | {"warp": 9}}),
+                ("no tokenizer zero", {"vq_config": config | {"groups": 0}}),
+                ("no tokenizer size mismatch", {"vq_config": config | {"ch": 8}}),
+                ("no tokenizer quant_conv.bias", {"model": state | {"quant_conv.bias": torch.ones(3)}}),
+                ("no tokenizer surprise", {"model": state | {"surprise": torch.ones(3)}}),
                 ("nan", {"model": state | {"quant_conv.bias": torch.full((8,), math.nan)}})):
             torch.save(good | changes, path)
             refuses(ValueError, f"x.pt {words}", tokenizer.load_tokenizer, path)
@@ -670,6 +680,26 @@ def test_outputs_that_are_links_devices_or_leftovers():
             refuses(OSError, "", tokenizer.check_output, path)
             refuses(OSError, "", tokenizer.write_file, path, lambda file: file.write(b"new"))
         assert (root / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+        kept = sorted(root.rglob("*"))
+        tokenizer.check_output(root / "there" / "new" / "y.pt")
+        refuses(OSError, "name too long", tokenizer.check_output, root / ("x" * 250))  # with its .tmp
+        for error in (OSError(30, "Read-only file system"), OSError(28, "No space left on device")):
+            with patch("builtins.open", side_effect=error):  # the superuser has permission for everything
+                refuses(OSError, f"y.pt {error.strerror}", tokenizer.check_output, root / "y.pt")
+        assert sorted(root.rglob("*")) == kept
+
+
+def test_too_little_memory_is_one_sentence():
+    @tokenizer.enough_memory("lower --batch")
+    def fail(error):
+        raise error
+
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 9 GiB.")
+    refuses(ValueError, "too little memory to allocate 20.00 GiB; lower --batch.", fail, gpu)
+    refuses(ValueError, "too little memory; lower --batch.", fail, MemoryError())
+    refuses(RuntimeError, "shapes", fail, RuntimeError("shapes do not fit"))
+    on_a_cpu = tokenizer.enough_memory("lower --batch")(torch.empty)
+    refuses(ValueError, "too little memory to allocate 4000000000000000 bytes", on_a_cpu, 10 ** 15)
 
 
 def test_tokenizer_script():
@@ -819,14 +849,14 @@ def test_checkpoints_of_both_kinds():
                 assert torch.equal(again(tokens, classes).logits, net(tokens, classes).logits)
             refuses(ValueError, "no EMA", model.load_model, path, ema=True)
             torch.save(state | {"surprise": torch.zeros(1)}, path)
-            refuses(ValueError, "does not fit surprise", model.load_model, path)
+            refuses(ValueError, "no transformer surprise", model.load_model, path)
         finally:
             del model.SIZES["test"]
         torch.save(state, path)
         refuses(ValueError, "3 layers width 32", model.load_model, path)
         names = ("tok_embeddings.weight", "cls_embedding.uncond_embedding")
         torch.save({"model": {name: torch.zeros(1) for name in names}}, path)
-        refuses(ValueError, "text-conditional", model.load_model, path)
+        refuses(ValueError, "something else", model.load_model, path)
         torch.save({"model": {"quantize.embedding.weight": torch.zeros(1)}}, path)
         refuses(ValueError, "a VQ tokenizer", model.load_model, path)
         path.write_bytes(b"not weights")
@@ -1306,6 +1336,64 @@ def test_a_damaged_run_says_how_to_go_on():
     assert checkpoint("kept")["step"] == 2
     assert "Done" in run(train.main, "--name", "kept", "--resume")
     assert all(same(checkpoint("kept")[key], good[key]) for key in ("model", "ema", "projector", "optimizer"))
+
+
+def test_odd_checkpoints_are_refused_by_all_who_read_them():
+    """Files that torch can load, with right checksums, whose content is not what a training wrote."""
+    trained_run()
+    path, good = workshop() / "runs" / "trained" / "checkpoint.pt", checkpoint("trained")
+    whole, state, moments = path.read_bytes(), good["model"], good["optimizer"]["state"]
+    sampling, begun = (sample.main, "runs/trained"), good["config"]
+    resuming, starting = (train.main, "--name trained --resume"), (
+        train.main, " ".join([*SMALL, "--name odd --steps 1 --init runs/trained/checkpoint.pt"]))
+
+    def weights(change):
+        return {"model": {name: change(value) for name, value in state.items()}}
+
+    def settings(**changes):
+        return {"model_config": good["model_config"] | changes}
+
+    def adam(change):
+        return {"optimizer": good["optimizer"] | {"state": {i: change(m) for i, m in moments.items()}}}
+
+    for words, content, readers in (
+        ("holds a list", [1, 2], (sampling, resuming, starting)),
+        ("lacks model", {"model": torch.ones(3)}, (sampling, resuming)),
+        ("norm.weight", good | {"model": state | {"norm.weight": "x"}}, (sampling, resuming)),
+        ("no floats", good | weights(torch.Tensor.int), (sampling, resuming)),
+        ("no file of weights", good | weights(torch.Tensor.to_sparse), (sampling, resuming)),
+        ("no file of weights", good | weights(lambda value: value.to("meta")), (sampling, resuming)),
+        ("size mismatch norm.weight", good | {"model": state | {"norm.weight": torch.ones(3)}},
+         (sampling, resuming, starting)),
+        ("no transformer", good | {"model": state | {"tok_embeddings.weight": torch.ones(3)}}, (sampling,)),
+        ("lacks ema", good | {"ema": [1]}, (sampling, resuming)),
+        ("warp", good | settings(warp=1), (sampling,)),
+        ("no transformer", good | settings(n_head=0), (sampling,)),
+        ("no transformer", good | settings(n_head="3"), (sampling,)),
+        ("a number below 0", good | settings(norm_eps=-1.0), (sampling,)),
+        ("no transformer", good | settings(norm_eps="x"), (sampling,)),
+        ("too little memory", good | settings(num_tokens=10 ** 14), (sampling,)),
+        ("lacks step", good | {"step": -1}, (sampling, resuming)),
+        ("lacks step", good | {"step": 1.5}, (resuming,)),
+        ("lacks step", good | {"step": "2"}, (resuming, starting)),
+        ("lacks data", good | {"data": [1]}, (sampling, resuming)),
+        ("not the tokenizer", good | {"data": {}}, (resuming,)),
+        ("another classes", good | {"data": good["data"] | {"classes": torch.ones(4)}}, (resuming,)),
+        ("lacks config", good | {"config": torch.ones(1)}, (sampling, resuming)),
+        ("another version", good | {"config": {}}, (resuming,)),
+        ("another version", good | {"config": begun | {"batch": "8"}}, (resuming,)),
+        ("no file for this Sequential", good | {"projector": {}}, (resuming,)),
+        ("no file for this AdamW", good | {"optimizer": {}}, (resuming,)),
+        ("no file for this AdamW", good | adam(lambda m: {"momentum": m["exp_avg"]}), (resuming,)),
+        ("another structure", good | adam(lambda m: m | {"exp_avg": torch.ones(3)}), (resuming,)),
+        ("no file for this AdamW", good | adam(lambda m: m | {"exp_avg": "x"}), (resuming,)),
+        ("another structure", good | {"optimizer": {"state": {0: moments[0]}}}, (resuming,)),
+    ):
+        torch.save(content, path)
+        for main, arguments in readers:
+            refuses_all(main, f"{words} | {arguments}")
+    path.write_bytes(whole)
+    assert not (workshop() / "runs" / "odd").exists() and same(checkpoint("trained"), good)
 
 
 def test_ctrl_c_saves_and_says_how_to_resume():
@@ -2311,6 +2399,12 @@ def test_fid_refuses_what_it_cannot_compare():
         no folder that you           | --fake held-out --cache vq.pt
         """, "--cache", "no-work", "--real", "images", "--features", "classifier")
     assert not (workshop() / "no-work").exists()
+
+
+def test_fid_works_in_one_process_alone():
+    """The second process of torchrun ends at once, well, whatever it is asked for."""
+    with patch.dict(os.environ, RANK="1", WORLD_SIZE="2"):
+        assert run(fid.main, "--real", "nowhere") == ""
 
 
 def test_fid_refuses_settings_and_files():

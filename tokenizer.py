@@ -22,6 +22,8 @@ import io
 import json
 import math
 import os
+import pickle
+import re
 import shutil
 import sys
 import time
@@ -89,6 +91,27 @@ def within(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     return read
 
 
+def _is_memory(error: Exception) -> bool:
+    """Whether numpy or torch, which has a class of its own for GPUs alone, says that the memory is full."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(re.search("out of memory|allocate memory", str(error))))
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Too little memory, of the GPU or the machine, becomes one ValueError that ends in `remedy`.
+
+    Also a decorator: of each script's main.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_memory(error):
+            raise
+        amount = re.search(r" to allocate [\d.]+ \w+", str(error))
+        raise ValueError(f"too little memory{amount[0] if amount else ''}; {remedy}.") from None
+
+
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """Keep others out of `folder`, made if need be; the lock ends with this process, however it ends.
@@ -149,8 +172,31 @@ def check_output(path: str | Path) -> None:
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is a folder or a device; name a file to write.")
     there = next(parent for parent in path.parents if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise OSError(f"cannot write {path}: {there} is no folder that you may write to.")
+    trial = there / f".{path.name}.{os.getpid()}.tmp"
+    try:  # permissions alone would not tell of a read-only or full disk, or of too long a name
+        with open(trial, "wb") as file:
+            trial.unlink()
+            file.write(bytes(4096))
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {there} is no folder that you may write to ({error.strerror}); "
+                      "choose another place.") from None
+
+
+@contextmanager
+def telling(path: str | Path, kind: str) -> Iterator[None]:
+    """Whatever is raised while `path` is read becomes a ValueError: it is damaged or no `kind`.
+
+    Only too little memory is not the file's fault and goes on as it is.
+    """
+    try:
+        yield
+    except Exception as error:  # what odd bytes, names, types and shapes make the readers raise has no end
+        if _is_memory(error):
+            raise
+        reason, lines = type(error).__name__, str(error).strip().splitlines()
+        if lines and not isinstance(error, pickle.PickleError):  # whose advice is to let the file run code
+            reason += f": {lines[-1].strip()[:200].rstrip('.')}"
+        raise ValueError(f"{path} is damaged or no {kind} ({reason}); get it or write it again.") from None
 
 
 def read_weights(path: str | Path) -> dict:
@@ -160,18 +206,37 @@ def read_weights(path: str | Path) -> dict:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    try:
+    with telling(path, "file of weights"):
         zipped = zipfile.is_zipfile(path)  # all but files from before torch 1.6
         if zipped and (bad := zipfile.ZipFile(path).testzip()):  # torch itself does not compare checksums
             raise ValueError(f"wrong checksum of {bad}")
         with torch.serialization.safe_globals([argparse.Namespace]):  # in LlamaGen's training files
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # what a damaged file makes torch and zipfile raise has no end
-        raise ValueError(f"{path} is damaged or no file of weights ({type(error).__name__}); get it again, "
-                         "or write it again.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
     return content
+
+
+def check_finite(path: str | Path, weights: dict) -> None:
+    """Raise ValueError unless `weights`, read from `path`, are {name: tensor of finite numbers}."""
+    with telling(path, "file of weights"):
+        for name, value in weights.items():
+            if not (torch.is_tensor(value) and value.is_floating_point() and value.float().isfinite().all()):
+                raise ValueError(f"{name} holds nan, inf or no floats; did its training diverge?")
+
+
+def load_state(path: str | Path, part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
+    """Give `part`, a module or an AdamW, the `state` read from `path`; ValueError if it does not fit."""
+    with telling(path, f"file for this {type(part).__name__}"):
+        if isinstance(part, nn.Module):
+            part.load_state_dict(state)
+            return
+        part.load_state_dict(part.state_dict() | {"state": state["state"]})  # its settings stay
+        trained = [p for group in part.param_groups for p in group["params"]]
+        for p in trained if part.state else []:  # empty before the first step; torch compares nothing of it
+            shapes = {name: value.shape for name, value in part.state[p].items()}
+            if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+                raise ValueError("an optimizer state of another structure")
 
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -251,6 +316,8 @@ def open_images(source: str | Path, split: str = "train", subset: str | Path = "
     to keep, one per line. Classes are numbered by sorted folder name, as torchvision does.
     Raises FileNotFoundError, OSError or ValueError, in one sentence, if nothing usable is there.
     """
+    if not str(source):
+        raise ValueError("--data is empty (a variable that is not set?); name a folder, a zip, or: shapes.")
     if str(source) == "shapes":
         if subset:
             raise ValueError("the built-in shapes have no class folders to choose from; leave --subset out.")
@@ -285,7 +352,7 @@ def open_images(source: str | Path, split: str = "train", subset: str | Path = "
     if missing := [name for name in names if name not in files]:
         raise ValueError(f"{source} lists {missing[0]!r} in its annotations but does not hold it.")
     titles = {row[0]: row[1].split(",")[0] for row in table("words.txt")}
-    classes = [titles.get(folder, folder) for folder in folders]
+    classes = [titles.get(folder) or folder for folder in folders]
     if strange := [name for name in classes if not name.isprintable()]:
         raise ValueError(f"{source} has a class named {strange[0]!r}, which cannot be printed; rename it.")
     number = {folder: i for i, folder in enumerate(folders)}
@@ -322,7 +389,8 @@ def _read_subset(path: str | Path, folders: set[str], source: str | Path) -> set
     """The class folders that a text file lists, all of them among `folders`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; --subset takes a list of class folders.")
-    kept = {line.strip() for line in Path(path).read_text(errors="replace").splitlines()} - {""}
+    text = Path(path).read_text("utf-8-sig", "replace")  # some editors begin a file with an invisible mark
+    kept = {line.strip() for line in text.splitlines()} - {""}
     if not kept:
         raise ValueError(f"the subset {path} lists no class folder.")
     if unknown := sorted(kept - folders):
@@ -358,7 +426,10 @@ def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[
                 raise ValueError(f"{files[name][0]:,} bytes are too many")
             return get(top + name)
         except Exception as error:  # likewise: encrypted, an unknown method, wrong checksums, no permission
-            raise ValueError(f"{path} is damaged at {name!r} ({error}); get the file again.") from None
+            if not path.exists():  # the disk is gone, not one image, which could be skipped
+                raise FileNotFoundError(f"{path} is there no longer; put it back and try again.") from None
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path} is damaged at {name!r} ({reason}); get the file again.") from None
 
     return files, read
 
@@ -434,11 +505,14 @@ def digest(value) -> str:
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The RGB image that a file of this name holds, upright; 16-bit grey keeps its upper 8 bits.
 
-    Raises ValueError, in one sentence, if it holds none, or a strip whose sides differ a hundredfold.
+    Raises ValueError, in one sentence, if it holds none, floating-point numbers, or a strip whose sides
+    differ a hundredfold.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         ImageOps.exif_transpose(image, in_place=True)  # LlamaGen's reader leaves photographs on their side
+        if image.mode == "F":
+            raise ValueError("numbers of unknown range")
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         if max(image.size) > 100 * min(image.size):
@@ -809,20 +883,18 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no tokenizer at {path}; train one: python tokenizer.py train --out {path}")
     content = read_weights(path)
-    state = content.get("model", content)
+    state = content.get("model")
+    if not isinstance(state, dict):
+        state = content
     if "quantize.embedding.weight" not in state:
         found = "a transformer" if "tok_embeddings.weight" in state else "neither tokenizer nor transformer"
         raise ValueError(f"{path} holds {found}; expected a VQ tokenizer, such as vq_ds16_c2i.pt.")
-    try:
+    check_finite(path, state)
+    with telling(path, "tokenizer of the structure that it names, else of vq_ds16"):
         codes, D = state["quantize.embedding.weight"].shape
         vq = VQModel(VQConfig(**content["vq_config"]) if "vq_config" in content
                      else replace(VQConfig(), codebook_size=codes, codebook_dim=D))
         vq.load_state_dict(state)
-    except Exception as error:  # what other settings, names and shapes make torch raise has no end
-        detail = str(error).splitlines()[-1].strip()[:200]
-        raise ValueError(f"{path} is a tokenizer of another structure than vq_ds16: {detail}") from None
-    if not all(tensor.isfinite().all() for tensor in vq.state_dict().values()):
-        raise ValueError(f"{path} is useless: it holds nan or inf, as its training diverged.")
     return vq.eval().requires_grad_(False).to(device)
 
 
@@ -1057,7 +1129,7 @@ def _read_meta(folder: Path, expected: dict | None) -> tuple[dict, dict]:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         checksums = meta.pop("checksums")
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except Exception:  # whatever another text makes json raise
         raise ValueError(f"the token cache {folder} is damaged; delete it and encode again.") from None
     for key, value in (expected or {}).items():
         if meta.get(key) != value:
@@ -1121,10 +1193,12 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
     if vq.config.codebook_size > UNREADABLE:
         raise ValueError(f"the cache stores codes in 16 bits; {vq.config.codebook_size} codes do not fit.")
     folder, meta = Path(folder), cache_meta(images, vq, size, ratios)
+    rank, world = rank_and_world()
     if (folder / "meta.json").exists():
         _read_meta(folder, meta)
+        if rank == 0:
+            _remove_parts(folder)  # left by a kill right after meta.json was written
         return
-    rank, world = rank_and_world()
     starts = range(0, len(images), CHUNK)
     parts = {start: folder / f"parts-{digest(meta)}" / f"{start:09d}.npz" for start in starts}
     with locked(folder) if rank == 0 else nullcontext():
@@ -1188,8 +1262,12 @@ def _join(folder: Path, parts: dict[int, Path], labels: np.ndarray, meta: dict) 
     checksums = {name: _checksum(folder / name) for name in ("tokens.npy", "labels.npy")}
     text = json.dumps(meta | {"checksums": checksums}, indent=1)
     write_file(folder / "meta.json", lambda file: file.write(text.encode()))
+    _remove_parts(folder)
+
+
+def _remove_parts(folder: Path) -> None:
     for left in folder.glob("parts-*"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _read_part(path: Path, shape: list[int]) -> np.ndarray:
@@ -1284,6 +1362,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@enough_memory("lower --batch or --image-size")
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; None: this process's own. Raises ValueError or OSError for a user's mistake."""
     args = parse_arguments(argv)

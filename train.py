@@ -298,7 +298,7 @@ class Objective(nn.Module):
                 terms["view"], log["acc_view"] = losses.view_loss(z, target, tau, own_start)
             log["acc_label"] = losses.label_accuracy(losses.gather_images(classes, dim=0))
         total = losses.total_loss(terms, self.config.alpha, self.config.beta)  # Eq. 8
-        return {"loss": total} | {f"loss_{name}": term for name, term in terms.items()} | log
+        return {"loss": total, **{f"loss_{name}": term for name, term in terms.items()}, **log}
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
@@ -361,28 +361,23 @@ def read_checkpoint(folder: Path) -> dict:
         there = sorted(other.parent.name for other in Path("runs").glob("*/checkpoint.pt"))
         raise FileNotFoundError(f"nothing to resume in {folder}; --name can be one of {there}.")
     try:
-        checkpoint = load_checkpoint(path)
-        lacking = {"ema", "projector", "optimizer", "step", "config", "data"} - checkpoint.keys()
-        if lacking:
-            raise ValueError(f"{path} lacks {', '.join(sorted(lacking))} and cannot be resumed.")
+        return load_checkpoint(path, whole=True)
     except (ValueError, OSError) as error:
         if previous.exists():
             raise ValueError(f"{error} The checkpoint before it is kept: rename {previous} to checkpoint.pt "
                              "and resume.") from None
         raise
-    return checkpoint
 
 
 def resumed_config(config: Config, given: dict, checkpoint: dict) -> Config:
     """The settings that the run began with; ValueError if those given by hand or the tokenizer are others."""
-    folder = config.folder
-    try:
-        saved = Config(**checkpoint["config"])
-    except TypeError:
-        raise ValueError(f"{folder} was begun by another version of train.py; go on with that.") from None
-    saved.device, saved.compile = config.device, config.compile
-    free = {"data", "subset", "tokenizer", "cache", "skip_corrupt", "compile", "log_every"}
-    for name in given.keys() - free:
+    folder, begun = config.folder, checkpoint["config"]
+    kinds = {field.name: type(field.default) for field in fields(Config)}
+    if begun.keys() != kinds.keys() or not all(isinstance(begun[name], (kinds[name], int)) for name in kinds):
+        raise ValueError(f"{folder} was begun by another version of train.py; go on with that.")
+    saved = replace(Config(**begun), name=config.name, device=config.device, compile=config.compile)
+    may_change = {"data", "subset", "tokenizer", "cache", "skip_corrupt", "compile", "log_every"}
+    for name in given.keys() - may_change:
         if getattr(saved, name) != given[name]:
             raise ValueError(f"{folder} has {name} = {getattr(saved, name)}, not {given[name]}; choose "
                              "another --name for new settings.")
@@ -390,7 +385,8 @@ def resumed_config(config: Config, given: dict, checkpoint: dict) -> Config:
         saved.tokenizer = str(folder / "tokenizer.pt")
     made = {"tokenizer": saved.tokenizer} if given.get("tokenizer") in ("shipped", "train") else {}
     saved = replace(saved, **given | made)
-    if tokenizer.fingerprint(tokenizer.load_tokenizer(saved.tokenizer)) != checkpoint["data"]["tokenizer"]:
+    vq = tokenizer.load_tokenizer(saved.tokenizer)
+    if tokenizer.fingerprint(vq) != checkpoint["data"].get("tokenizer"):
         raise ValueError(f"{saved.tokenizer} is not the tokenizer that {folder} was trained with; name that "
                          "with --tokenizer FILE.")
     return saved
@@ -404,8 +400,7 @@ def check_data(config: Config, cache: tokenizer.TokenCache, checkpoint: dict) ->
     if config.positions > behind:
         raise ValueError(f"--positions {config.positions}: an image has {behind} behind the class.")
     before = checkpoint.get("data", cache.meta)
-    others = [key for key in cache.meta if key != "source" and cache.meta[key] != before.get(key)]
-    if others:
+    if others := [key for key in cache.meta if str(cache.meta[key]) != str(before.get(key))]:
         raise ValueError(f"{config.folder} was trained on other data than {config.data} gives now (another "
                          f"{', '.join(others)}); name its images with --data.")
 
@@ -451,10 +446,9 @@ def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
     objective = Objective(config, student, rank).to(device)
     optimizer = make_optimizer(objective, config)
     if resume:
-        student.load_state_dict(checkpoint["model"])
-        objective.teacher.load_state_dict(checkpoint["ema"])
-        objective.projector.load_state_dict(checkpoint["projector"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for part, name in ((student, "model"), (objective.teacher, "ema"),
+                           (objective.projector, "projector"), (optimizer, "optimizer")):
+            tokenizer.load_state(config.folder / "checkpoint.pt", part, checkpoint[name])
     if world > 1:
         dist.init_process_group(store=store, rank=rank, world_size=world)  # NCCL on GPUs, gloo on CPUs
     bfloat16 = sample.choose_precision("", device) == "bf16"
@@ -655,6 +649,7 @@ def train(run: Run, caught: list[int]) -> None:
         sys.exit(130)  # as for Ctrl-C
 
 
+@tokenizer.enough_memory("raise --accumulate, or lower --batch, --image-size or --model")
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`, by default the process's own.
 
