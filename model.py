@@ -90,11 +90,7 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention; `allowed` (B or 1, 1, t, s) says which query may see which key.
-
-    table: rotary factors of these t positions. plain_causal: `allowed` is the plain triangle, which the fused
-    kernel makes itself. past: joins keys and values with a cache's. explicit: also return the softmax.
-    """
+    """Multi-head attention; `allowed` (B or 1, 1, t, s) says which query may see which key."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -104,6 +100,7 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, table, allowed, plain_causal, past, explicit):
+        # plain_causal: `allowed` is the plain triangle; past: puts a cache's keys and values before these
         qkv = self.wqkv(x).unflatten(-1, (3, self.n_head, self.head_dim))  # (B, t, 3, H, D)
         q, k = rotate(qkv[:, :, :2], table).permute(2, 0, 3, 1, 4)  # (B, H, t, D) each
         v = qkv[:, :, 2].transpose(1, 2)
@@ -177,7 +174,7 @@ class Transformer(nn.Module):
         self.register_buffer("rope", rope_table(config), persistent=False)
         causal = torch.ones(config.num_tokens, config.num_tokens, dtype=torch.bool).tril()
         self.register_buffer("causal", causal, persistent=False)
-        for module in self.modules():  # LlamaGen: N(0, 0.02), and a zero head, so that the first loss is ln(codes)
+        for module in self.modules():  # LlamaGen: N(0, 0.02); a zero head, so that the first loss is ln(codes)
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
