@@ -174,7 +174,7 @@ class Transformer(nn.Module):
         self.register_buffer("rope", rope_table(config), persistent=False)
         causal = torch.ones(config.num_tokens, config.num_tokens, dtype=torch.bool).tril()
         self.register_buffer("causal", causal, persistent=False)
-        for module in self.modules():  # LlamaGen: N(0, 0.02); a zero head, so that the first loss is ln(codes)
+        for module in self.modules():  # LlamaGen: N(0, 0.02), a zero head: the first loss is ln(codes)
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
