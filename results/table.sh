@@ -162,7 +162,7 @@ if longer["AR, 1.3 times the steps"]:
 lengths = sorted(steps for steps, variant in runs if variant == "all" and (steps, "ar") in runs)
 if len(lengths) > 1:
     rows = {f"{name}, {steps:,} steps": runs[steps, variant] for steps in lengths
-            for variant, name in (("ar", AR), ("all", ALL))}
+            for variant, name in LOSSES.items() if (steps, variant) in runs}
     text += ["## Length", table(rows, UNDERSTANDING), *samples_of(rows)]
 others = {variant: {0: seeds[0]} for (steps, variant), seeds in runs.items()
           if steps == MAIN and variant not in LOSSES and 0 in seeds}
@@ -208,7 +208,8 @@ if len(lengths) > 1:
                          ("held-out loss, nats", UNDERSTANDING["held-out loss"][0]),
                          ("FD-c, no guidance", score("FD-c", 1)), ("FD-c, best guidance", score("FD-c", None))):
         lines = {name: [(steps / 1000, np.mean([value(line) for line in runs[steps, variant].values()]))
-                        for steps in lengths] for variant, name in NAMED}
+                        for steps in lengths if (steps, variant) in runs]
+                 for variant, name in (*NAMED, ("step-view", "without MIM"))}
         panels.append(sample.line_plot(lines, "", "thousand steps", label, width=480, height=300))
     w, h = panels[0].size
     sheet = Image.new("RGB", (2 * w, 2 * h), "white")
