@@ -204,7 +204,7 @@ sample.save_image("assets/probe.png", plot)
 
 if len(lengths) > 1:
     panels = []
-    for label, value in (("linear probe at the last step, top-1 %", UNDERSTANDING["last step"][0]),
+    for label, value in (("probe, last step, top-1 %", UNDERSTANDING["last step"][0]),
                          ("held-out loss, nats", UNDERSTANDING["held-out loss"][0]),
                          ("FD-c, no guidance", score("FD-c", 1)), ("FD-c, best guidance", score("FD-c", None))):
         lines = {name: [(steps / 1000, np.mean([value(line) for line in runs[steps, variant].values()]))
