@@ -9,7 +9,7 @@ for token.
     torchrun --nproc-per-node 8 sample.py runs/tiny --num-images 50000 --npz out.npz   # for fid.py
     python sample.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k 2000
 
-Shapes in comments: B images, T tokens,, S side in pixels.
+Shapes in comments: B images, T tokens, codes (how many there are), S side in pixels.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from model import Transformer, load_model
 # ---- Tokens ------------------------------------------------------------------------------------------------
 
 def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Set the logits (B, V) outside the top k, then outside the nucleus of mass p, to -inf.
+    """Set the logits (B, codes) outside the top k, then outside the nucleus of mass p, to -inf.
 
     LlamaGen: top_k 0 keeps all, ties with the k-th stay; the nucleus is taken of what top-k left, and the
     token that crosses p is kept.
@@ -76,7 +76,7 @@ def new_cache(model: Transformer, batch: int) -> KVCache:
 
 
 def next_logits(model: Transformer, classes: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from the tokens known so far, (B, p), to the logits (B, V) of the next, for `classes` (B,).
+    """A function from the tokens known so far, (B, p), to the next one's logits (B, codes); `classes` (B,).
 
     To be called with p = 0, 1, 2 ...: earlier keys and values are cached, only the new position is run.
     """
@@ -86,7 +86,7 @@ def next_logits(model: Transformer, classes: torch.Tensor) -> Callable[[torch.Te
 
 def decode_step(model: Transformer, tokens: torch.Tensor, position: torch.Tensor,
                 cache: KVCache) -> torch.Tensor:
-    """Logits (B, V) float32 of `position` (1,) > 0, whose input is `tokens` (B,).
+    """Logits (B, codes) float32 of `position` (1,) > 0, whose input is `tokens` (B,).
 
     What the model computes with a cache, but no shape depends on the position: a GPU can compile and record
     this once for all positions.

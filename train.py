@@ -589,9 +589,9 @@ def wrapped(run: Run) -> nn.Module:
     forward = run.objective
     if run.world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    on_gpu = run.device.type == "cuda"  # there Triton looks for a C compiler, on a CPU Inductor for C++
-    if run.config.compile and (os.environ.get("CC" if on_gpu else "CXX") or any(map(
-            shutil.which, ("gcc", "clang") if on_gpu else ("g++", "clang++")))):
+    # on a GPU Triton looks for a C compiler, on a CPU Inductor for one of C++
+    variable, *compilers = ("CC", "gcc", "clang") if run.device.type == "cuda" else ("CXX", "g++", "clang++")
+    if run.config.compile and (os.environ.get(variable) or any(map(shutil.which, compilers))):
         return torch.compile(forward)
     if run.config.compile and run.rank == 0:
         print("!! torch.compile needs a compiler (install gcc and g++): training without it, slower.")

@@ -161,8 +161,8 @@ if longer["AR, 1.3 times the steps"]:
              table(longer, UNDERSTANDING, "AR, 1.3 times the steps"), *samples_of(longer, "AR, 1.3 times the steps")]
 lengths = sorted(steps for steps, variant in runs if variant == "all" and (steps, "ar") in runs)
 if len(lengths) > 1:
-    rows = {f"{name}, {steps:,} steps": runs[steps, variant] for steps in lengths
-            for variant, name in LOSSES.items() if (steps, variant) in runs}
+    rows = {f"{name}, {steps:,} steps": runs[steps, variant] for variant, name in LOSSES.items()
+            if sum((steps, variant) in runs for steps in lengths) > 1 for steps in lengths if (steps, variant) in runs}
     text += ["## Length", table(rows, UNDERSTANDING), *samples_of(rows)]
 others = {variant: {0: seeds[0]} for (steps, variant), seeds in runs.items()
           if steps == MAIN and variant not in LOSSES and 0 in seeds}
