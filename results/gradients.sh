@@ -40,7 +40,7 @@ with contextlib.ExitStack() as held:
         if step in points:
             pull, norm = pulls(run, step)
             total = sum(g.norm() for g in pull.values())
-            line = {"run": name, "flags": flags, "step": step, "whole_norm": norm, "clip": run.config.clip}
+            line = {"run": name, "flags": flags, "after": step, "whole_norm": norm, "clip": run.config.clip}
             for term, g in pull.items():
                 cosine = torch.cosine_similarity(g, pull["ar"], dim=0)
                 line[term] = {"norm": g.norm().item(), "share": (g.norm() / total).item(),

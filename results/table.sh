@@ -133,12 +133,12 @@ def bounds(line):
 def pulls(path):
     """The table of results/gradients.jsonl."""
     terms, text = ("ar", "mim", "step", "view"), []
-    text = ["| run | step | share of AR | MIM | step | view | cosine with AR: MIM | step | view | norm of all |",
+    text = ["| run | after step | share of AR | MIM | step | view | cosine with AR: MIM | step | view | norm of all |",
             "|---" * 10 + "|"]
     for d in map(json.loads, open(path)):
         cells = [f"{d[t]['share']:.2f}" if t in d else "" for t in terms]
         cells += [f"{d[t]['cosine_with_ar']:+.2f}" if t in d else "" for t in terms[1:]]
-        text.append(f"| {d['run']} | {d['step']:,} | " + " | ".join(cells) + f" | {d['whole_norm']:.2f} |")
+        text.append(f"| {d['run']} | {d['after']:,} | " + " | ".join(cells) + f" | {d['whole_norm']:.2f} |")
     return "\n".join(text)
 
 
