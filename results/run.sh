@@ -19,7 +19,7 @@ if [ ! -f "$out/trained" ]; then
   start=$SECONDS
   resume=$([ ! -f "runs/$name/checkpoint.pt" ] || echo --resume)
   python train.py --preset tiny --device cpu --name "$name" --data "$data" --subset $classes "$@" $resume
-  echo $((SECONDS - start)) > "$out/trained"
+  echo "$([ -n "$resume" ] || echo $((SECONDS - start)))" > "$out/trained"
 fi
 [ -f "$out/probe.json" ] || python probe.py "runs/$name" --layers all --out "$out"
 for cfg in ${CFGS:-1 1.5 2 3}; do
@@ -44,6 +44,7 @@ name, out, data, *flags = sys.argv[1:]
 out, run = pathlib.Path(out), pathlib.Path("runs", name)
 metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 config = json.loads((run / "config.json").read_text())
+seconds = (out / "trained").read_text().strip()  # empty if training was stopped in between
 probe = json.loads((out / "probe.json").read_text())["runs"][name]
 scores = {}
 for reference in ("reconstructions", "originals"):
@@ -62,7 +63,7 @@ line = {"run": name, "command": " ".join(["bash results/run.sh", name, *flags]),
         "commit": git("rev-parse", "--short", "HEAD"), "diff": git("diff", "HEAD", "--", "*.py"),
         "date": str(datetime.date.today()), "torch": torch.__version__, "numpy": numpy.__version__,
         "python": platform.python_version(), "threads": torch.get_num_threads(),
-        "train_minutes": round(int((out / "trained").read_text()) / 60, 1), "losses": config["losses"],
+        "train_minutes": round(int(seconds) / 60, 1) if seconds else None, "losses": config["losses"],
         "steps": metrics[-1]["step"], "metrics": metrics[-1], "teacher_nll": teacher_nll,
         "val_nll": {str(m["step"]): m["val_nll"] for m in metrics if "val_nll" in m},
         "layer": probe["layer"], "probe": probe["probe"], "attention": probe["attention"],

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# results/runs.jsonl -> results/README.md, the table in README.md, assets/probe.png, assets/lengths.png
+# results/runs.jsonl -> results/README.md, the table in README.md, assets/probe.png, lengths.png and sweeps.png
 #
 #     bash results/table.sh
 #
@@ -22,6 +22,15 @@ import sample
 LOSSES = {"ar": "AR", "mim": "+ MIM", "mim-step": "+ MIM + step", "mim-view": "+ MIM + view",
           "step-view": "+ step + view", "all": "**all (ST-AR)**"}  # the rows of the paper's Table 3
 MAIN, AR, ALL = 2000, LOSSES["ar"], LOSSES["all"]
+# The paper's Tables 4, 5, 6: {title: (axis, {setting: (variant, the paper's FID, B at 50 epochs)})}; "all" is its choice
+SWEEPS = {
+    "Mask ratio (the paper's Table 4)": ("hidden keys, %", {
+        10: ("mask-10", math.nan), 15: ("mask-15", 28.62), 25: ("all", 26.58), 35: ("mask-35", 26.36),
+        45: ("mask-45", 27.50)}),
+    "Depth of the contrast (Table 5)": ("quarter of the layers", {
+        1: ("depth-1", 27.34), 2: ("all", 26.58), 3: ("depth-3", 28.76), 4: ("depth-4", 29.45)}),
+    "Positions K (Table 6)": ("K", {
+        2: ("k-2", 27.50), 4: ("all", 26.58), 8: ("k-8", 26.54), 16: ("k-16", 25.78)})}
 runs = {}  # (steps, variant) -> {seed: line}
 for line in map(json.loads, open("results/runs.jsonl")):
     variant, steps, seed = re.fullmatch(r"(.+)-(\d+)-s(\d+)", line["run"]).groups()
@@ -71,6 +80,11 @@ def scores(cfg, reference):
     """Columns of one guidance scale, or with None of each row's best."""
     scale = {"cfg": (lambda line: line["best_cfg"], 1)} if cfg is None else {}
     return scale | {name: (score(name, cfg, reference), decimals) for name, decimals in MEASURES.items()}
+
+
+brief = {name: UNDERSTANDING[name] for name in ("last step", "mean of steps", "mean-pooled", "held-out loss")}
+for measure, cfg in (("FD-c", 1), ("FD-c", 1.5), ("IS-c", 1.5), ("class agreement", 1.5)):
+    brief[f"{measure}, cfg {cfg}"] = score(measure, cfg), MEASURES[measure]
 
 
 # ---- Tables ----
@@ -155,21 +169,31 @@ weights and masks). Lines with `--compile` in their command differ from what the
 What questions.md calls a change of code stands in the line as "diff", for `git apply` on its commit.""",
         f"## Each loss: {MAIN:,} steps (the paper's Table 3)", "Understanding", table(table3, UNDERSTANDING, AR),
         *samples_of(table3, AR, references=("reconstructions", "originals"))]
-longer = {"AR": runs[MAIN, "ar"], "AR, 1.3 times the steps": runs.get((2600, "ar"), {}), ALL: runs[MAIN, "all"]}
-if longer["AR, 1.3 times the steps"]:
-    text += ["## Equal time", "A step of ST-AR takes as long as 1.3 of AR's.",
-             table(longer, UNDERSTANDING, "AR, 1.3 times the steps"), *samples_of(longer, "AR, 1.3 times the steps")]
+LONGER = "AR, 1.3 times the steps"
+if (2600, "ar") in runs:
+    equal = {AR: table3[AR], LONGER: runs[2600, "ar"], **{LOSSES[v]: runs[MAIN, v] for v in ("step-view", "all")}}
+    text += ["## Equal time", "A step of ST-AR takes as long as 1.3 of AR's, one without MIM a little less.",
+             table(equal, UNDERSTANDING, LONGER), *samples_of(equal, LONGER)]
 lengths = sorted(steps for steps, variant in runs if variant == "all" and (steps, "ar") in runs)
 if len(lengths) > 1:
     rows = {f"{name}, {steps:,} steps": runs[steps, variant] for variant, name in LOSSES.items()
             if sum((steps, variant) in runs for steps in lengths) > 1 for steps in lengths if (steps, variant) in runs}
     text += ["## Length", table(rows, UNDERSTANDING), *samples_of(rows)]
-others = {variant: {0: seeds[0]} for (steps, variant), seeds in runs.items()
-          if steps == MAIN and variant not in LOSSES and 0 in seeds}
+first = {variant: {0: seeds[0]} for (steps, variant), seeds in sorted(runs.items()) if steps == MAIN and 0 in seeds}
+swept = {title: {setting: variant for setting, (variant, _) in settings.items() if variant in first}
+         for title, (_, settings) in SWEEPS.items()}
+if any(len(settings) > 1 for settings in swept.values()):
+    text += ["## Mask ratio, depth, positions (the paper's Tables 4, 5, 6)",
+             "Seed 0; in brackets the paper's FID. Expectations and answers: [questions.md](questions.md).",
+             "![FD-c and the paper's FID, relative to the paper's choice](../assets/sweeps.png)"]
+    for title, settings in swept.items():
+        text += [title, table({f"{setting} ({SWEEPS[title][1][setting][1]})".replace(" (nan)", ""): first[variant]
+                               for setting, variant in settings.items()}, brief)]
+others = first.keys() - LOSSES.keys() - {v for settings in swept.values() for v in settings.values()} | {"mask-10"}
 if others:
-    rows = {AR: {0: runs[MAIN, "ar"][0]}, ALL: {0: runs[MAIN, "all"][0]}} | dict(sorted(others.items()))
+    rows = {LOSSES.get(variant, variant): first[variant] for variant in ("ar", "all", *sorted(others))}
     text += ["## Questions", f"{MAIN:,} steps, seed 0; what each changes, what we expected and what came of it: "
-             "[questions.md](questions.md).", table(rows, UNDERSTANDING), *samples_of(rows, cfgs=(1, 2))]
+             "[questions.md](questions.md).", table(rows, UNDERSTANDING), *samples_of(rows, cfgs=(1, 1.5))]
 if Path("results/gradients.jsonl").exists():
     text += ["## Gradients", "`bash results/gradients.sh`: of each weighted term, on the blocks that all of them "
              "reach; its share of the summed norms, its cosine with that of L_AR, and the norm of a whole step's "
@@ -180,9 +204,6 @@ Path("results/README.md").write_text("\n\n".join(text) + "\n")
 
 # ---- README.md ----
 
-brief = {name: UNDERSTANDING[name] for name in ("last step", "mean of steps", "mean-pooled", "held-out loss")}
-for measure, cfg in (("FD-c", 1), ("FD-c", 1.5), ("IS-c", 1.5), ("class agreement", 1.5)):
-    brief[f"{measure}, cfg {cfg}"] = score(measure, cfg), MEASURES[measure]
 gain = table({AR: table3[AR], ALL: table3[ALL]}, brief, AR).splitlines()[-1]
 start, end = "<!-- results/table.sh writes from here -->", "<!-- to here -->"
 before, rest = Path("README.md").read_text().split(start)
@@ -202,6 +223,17 @@ title = f"{MAIN:,} steps, {len(runs[MAIN, 'all'])} seeds, 95 % bands"
 plot = sample.line_plot(curves, title, "step of 64", "linear probe, top-1 %", bands)
 sample.save_image("assets/probe.png", plot)
 
+
+
+def side_by_side(panels, columns):
+    """Pictures of one size, in rows of `columns`."""
+    w, h = panels[0].size
+    sheet = Image.new("RGB", (columns * w, -(-len(panels) // columns) * h), "white")
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (i % columns * w, i // columns * h))
+    return sheet
+
+
 if len(lengths) > 1:
     panels = []
     for label, value in (("probe, last step, top-1 %", UNDERSTANDING["last step"][0]),
@@ -211,10 +243,16 @@ if len(lengths) > 1:
                         for steps in lengths if (steps, variant) in runs]
                  for variant, name in (*NAMED, ("step-view", "without MIM"))}
         panels.append(sample.line_plot(lines, "", "thousand steps", label, width=480, height=300))
-    w, h = panels[0].size
-    sheet = Image.new("RGB", (2 * w, 2 * h), "white")
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (i % 2 * w, i // 2 * h))
-    sample.save_image("assets/lengths.png", sheet)
+    sample.save_image("assets/lengths.png", side_by_side(panels, 2))
+panels = []
+for title, settings in swept.items():
+    axis, paper = SWEEPS[title]
+    lines = {"the paper's FID": [(setting, fid / 26.58) for setting, (_, fid) in paper.items()]}
+    for cfg in (1, 1.5):
+        value = score("FD-c", cfg)
+        lines[f"FD-c, cfg {cfg:g}"] = [(setting, value(first[variant][0]) / value(first["all"][0]))
+                                       for setting, variant in settings.items()]
+    panels.append(sample.line_plot(lines, "", axis, "relative to the paper's choice", width=480, height=300))
+sample.save_image("assets/sweeps.png", side_by_side(panels, 3))
 print(f"results/README.md, README.md, assets/: {sum(map(len, runs.values()))} runs")
 EOF
