@@ -184,7 +184,8 @@ swept = {title: {setting: variant for setting, (variant, _) in settings.items() 
          for title, (_, settings) in SWEEPS.items()}
 if any(len(settings) > 1 for settings in swept.values()):
     text += ["## Mask ratio, depth, positions (the paper's Tables 4, 5, 6)",
-             "Seed 0; in brackets the paper's FID. Expectations and answers: [questions.md](questions.md).",
+             "Seed 0; in brackets the paper's FID. The probe reads the layer that the contrast works on. Expectations "
+             "and answers: [questions.md](questions.md).",
              "![FD-c and the paper's FID, relative to the paper's choice](../assets/sweeps.png)"]
     for title, settings in swept.items():
         text += [title, table({f"{setting} ({SWEEPS[title][1][setting][1]})".replace(" (nan)", ""): first[variant]
