@@ -22,7 +22,7 @@ import sample
 LOSSES = {"ar": "AR", "mim": "+ MIM", "mim-step": "+ MIM + step", "mim-view": "+ MIM + view",
           "step-view": "+ step + view", "all": "**all (ST-AR)**"}  # the rows of the paper's Table 3
 MAIN, AR, ALL = 2000, LOSSES["ar"], LOSSES["all"]
-# The paper's Tables 4, 5, 6: {title: (axis, {setting: (variant, the paper's FID, B at 50 epochs)})}; "all" is its choice
+# The paper's Tables 4, 5, 6: {title: (axis, {setting: (variant, the paper's FID)})}; "all" is the paper's choice
 SWEEPS = {
     "Mask ratio (the paper's Table 4)": ("hidden keys, %", {
         10: ("mask-10", math.nan), 15: ("mask-15", 28.62), 25: ("all", 26.58), 35: ("mask-35", 26.36),
@@ -175,10 +175,10 @@ if (2600, "ar") in runs:
     text += ["## Equal time", "A step of ST-AR takes as long as 1.3 of AR's, one without MIM a little less.",
              table(equal, UNDERSTANDING, LONGER), *samples_of(equal, LONGER)]
 lengths = sorted(steps for steps, variant in runs if variant == "all" and (steps, "ar") in runs)
-if len(lengths) > 1:
-    rows = {f"{name}, {steps:,} steps": runs[steps, variant] for variant, name in LOSSES.items()
-            if sum((steps, variant) in runs for steps in lengths) > 1 for steps in lengths if (steps, variant) in runs}
-    text += ["## Length", table(rows, UNDERSTANDING), *samples_of(rows)]
+for steps in lengths:
+    if steps != MAIN:
+        rows = {name: runs[steps, variant] for variant, name in LOSSES.items() if (steps, variant) in runs}
+        text += [f"## Length: {steps:,} steps", table(rows, UNDERSTANDING, AR), *samples_of(rows, AR)]
 first = {variant: {0: seeds[0]} for (steps, variant), seeds in sorted(runs.items()) if steps == MAIN and 0 in seeds}
 swept = {title: {setting: variant for setting, (variant, _) in settings.items() if variant in first}
          for title, (_, settings) in SWEEPS.items()}
@@ -209,8 +209,11 @@ gain = table({AR: table3[AR], ALL: table3[ALL]}, brief, AR).splitlines()[-1]
 start, end = "<!-- results/table.sh writes from here -->", "<!-- to here -->"
 before, rest = Path("README.md").read_text().split(start)
 after = rest.split(end)[1]
-top = table(table3, brief) + "\n" + gain
-Path("README.md").write_text("\n\n".join([before + start, top, real, end + after]))
+top = [before + start, table(table3, brief) + "\n" + gain]
+if lengths[-1] > MAIN:
+    rows = {LOSSES[v]: runs[lengths[-1], v] for v in ("ar", "step-view", "all") if (lengths[-1], v) in runs}
+    top += [f"The same after {lengths[-1]:,} steps:", table(rows, brief, AR)]
+Path("README.md").write_text("\n\n".join([*top, "And real images:", real, end + after]))
 
 # ---- Pictures ----
 
@@ -240,10 +243,14 @@ if len(lengths) > 1:
     for label, value in (("probe, last step, top-1 %", UNDERSTANDING["last step"][0]),
                          ("held-out loss, nats", UNDERSTANDING["held-out loss"][0]),
                          ("FD-c, no guidance", score("FD-c", 1)), ("FD-c, best guidance", score("FD-c", None))):
-        lines = {name: [(steps / 1000, np.mean([value(line) for line in runs[steps, variant].values()]))
-                        for steps in lengths if (steps, variant) in runs]
-                 for variant, name in (*NAMED, ("step-view", "without MIM"))}
-        panels.append(sample.line_plot(lines, "", "thousand steps", label, width=480, height=300))
+        lines, bands = {}, {}
+        for variant, name in (*NAMED, ("step-view", "without MIM")):
+            there = [steps for steps in lengths if (steps, variant) in runs]
+            points = [mean_and_half([*map(value, runs[steps, variant].values())]) for steps in there]
+            lines[name] = [(steps / 1000, mean) for steps, (mean, _) in zip(there, points)]
+            if min(len(runs[steps, variant]) for steps in there) > 2:
+                bands[name] = [half for _, half in points]
+        panels.append(sample.line_plot(lines, "", "thousand steps", label, bands, width=480, height=300))
     sample.save_image("assets/lengths.png", side_by_side(panels, 2))
 panels = []
 for title, settings in swept.items():
