@@ -170,35 +170,30 @@ What questions.md calls a change of code stands in the line as "diff", for `git 
         f"## Each loss: {MAIN:,} steps (the paper's Table 3)", "Understanding", table(table3, UNDERSTANDING, AR),
         *samples_of(table3, AR, references=("reconstructions", "originals"))]
 LONGER = "AR, 1.3 times the steps"
-if (2600, "ar") in runs:
-    equal = {AR: table3[AR], LONGER: runs[2600, "ar"], **{LOSSES[v]: runs[MAIN, v] for v in ("step-view", "all")}}
-    text += ["## Equal time", "A step of ST-AR takes as long as 1.3 of AR's, one without MIM a little less.",
-             table(equal, UNDERSTANDING, LONGER), *samples_of(equal, LONGER)]
+equal = {AR: table3[AR], LONGER: runs[2600, "ar"], **{LOSSES[v]: runs[MAIN, v] for v in ("step-view", "all")}}
+text += ["## Equal time", "A step of ST-AR takes as long as 1.3 of AR's, one without MIM a little less.",
+         table(equal, UNDERSTANDING, LONGER), *samples_of(equal, LONGER)]
 lengths = sorted(steps for steps, variant in runs if variant == "all" and (steps, "ar") in runs)
 for steps in lengths:
     if steps != MAIN:
         rows = {name: runs[steps, variant] for variant, name in LOSSES.items() if (steps, variant) in runs}
         text += [f"## Length: {steps:,} steps", table(rows, UNDERSTANDING, AR), *samples_of(rows, AR)]
 first = {variant: {0: seeds[0]} for (steps, variant), seeds in sorted(runs.items()) if steps == MAIN and 0 in seeds}
-swept = {title: {setting: variant for setting, (variant, _) in settings.items() if variant in first}
-         for title, (_, settings) in SWEEPS.items()}
-if any(len(settings) > 1 for settings in swept.values()):
-    text += ["## Mask ratio, depth, positions (the paper's Tables 4, 5, 6)",
-             "Seed 0; in brackets the paper's FID. The probe reads the layer that the contrast works on. Expectations "
-             "and answers: [questions.md](questions.md).",
-             "![FD-c and the paper's FID, relative to the paper's choice](../assets/sweeps.png)"]
-    for title, settings in swept.items():
-        text += [title, table({f"{setting} ({SWEEPS[title][1][setting][1]})".replace(" (nan)", ""): first[variant]
-                               for setting, variant in settings.items()}, brief)]
-others = first.keys() - LOSSES.keys() - {v for settings in swept.values() for v in settings.values()} | {"mask-10"}
-if others:
-    rows = {LOSSES.get(variant, variant): first[variant] for variant in ("ar", "all", *sorted(others))}
-    text += ["## Questions", f"{MAIN:,} steps, seed 0; what each changes, what we expected and what came of it: "
-             "[questions.md](questions.md).", table(rows, UNDERSTANDING), *samples_of(rows, cfgs=(1, 1.5))]
-if Path("results/gradients.jsonl").exists():
-    text += ["## Gradients", "`bash results/gradients.sh`: of each weighted term, on the blocks that all of them "
-             "reach; its share of the summed norms, its cosine with that of L_AR, and the norm of a whole step's "
-             "gradient, which is clipped at 1.", pulls("results/gradients.jsonl")]
+text += ["## Mask ratio, depth, positions (the paper's Tables 4, 5, 6)",
+         "Seed 0; in brackets the paper's FID. The probe reads the layer that the contrast works on. Expectations "
+         "and answers: [questions.md](questions.md).",
+         "![FD-c and the paper's FID, relative to the paper's choice](../assets/sweeps.png)"]
+for title, (_, settings) in SWEEPS.items():
+    text += [title, table({f"{setting} ({fid})".replace(" (nan)", ""): first[variant]
+                           for setting, (variant, fid) in settings.items()}, brief)]
+swept = {variant for _, settings in SWEEPS.values() for variant, _ in settings.values()}
+rows = {LOSSES.get(variant, variant): first[variant]
+        for variant in ("ar", "all", *sorted(first.keys() - LOSSES.keys() - swept))}
+text += ["## Questions", f"{MAIN:,} steps, seed 0; what each changes, what we expected and what came of it: "
+         "[questions.md](questions.md).", table(rows, UNDERSTANDING), *samples_of(rows, cfgs=(1, 1.5))]
+text += ["## Gradients", "`bash results/gradients.sh`: of each weighted term, on the blocks that all of them "
+         "reach; its share of the summed norms, its cosine with that of L_AR, and the norm of a whole step's "
+         "gradient, which is clipped at 1.", pulls("results/gradients.jsonl")]
 real = bounds(next(iter(runs[MAIN, "ar"].values())))
 text += ["## Real images", real]
 Path("results/README.md").write_text("\n\n".join(text) + "\n")
@@ -210,9 +205,8 @@ start, end = "<!-- results/table.sh writes from here -->", "<!-- to here -->"
 before, rest = Path("README.md").read_text().split(start)
 after = rest.split(end)[1]
 top = [before + start, table(table3, brief) + "\n" + gain]
-if lengths[-1] > MAIN:
-    rows = {LOSSES[v]: runs[lengths[-1], v] for v in ("ar", "step-view", "all") if (lengths[-1], v) in runs}
-    top += [f"The same after {lengths[-1]:,} steps:", table(rows, brief, AR)]
+rows = {LOSSES[v]: runs[lengths[-1], v] for v in ("ar", "step-view", "all") if (lengths[-1], v) in runs}
+top += [f"The same after {lengths[-1]:,} steps:", table(rows, brief, AR)]
 Path("README.md").write_text("\n\n".join([*top, "And real images:", real, end + after]))
 
 # ---- Pictures ----
@@ -227,40 +221,29 @@ title = f"{MAIN:,} steps, {len(runs[MAIN, 'all'])} seeds, 95 % bands"
 plot = sample.line_plot(curves, title, "step of 64", "linear probe, top-1 %", bands)
 sample.save_image("assets/probe.png", plot)
 
-
-
-def side_by_side(panels, columns):
-    """Pictures of one size, in rows of `columns`."""
-    w, h = panels[0].size
-    sheet = Image.new("RGB", (columns * w, -(-len(panels) // columns) * h), "white")
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (i % columns * w, i // columns * h))
-    return sheet
-
-
-if len(lengths) > 1:
-    panels = []
-    for label, value in (("probe, last step, top-1 %", UNDERSTANDING["last step"][0]),
-                         ("held-out loss, nats", UNDERSTANDING["held-out loss"][0]),
-                         ("FD-c, no guidance", score("FD-c", 1)), ("FD-c, best guidance", score("FD-c", None))):
-        lines, bands = {}, {}
-        for variant, name in (*NAMED, ("step-view", "without MIM")):
-            there = [steps for steps in lengths if (steps, variant) in runs]
-            points = [mean_and_half([*map(value, runs[steps, variant].values())]) for steps in there]
-            lines[name] = [(steps / 1000, mean) for steps, (mean, _) in zip(there, points)]
-            if min(len(runs[steps, variant]) for steps in there) > 2:
-                bands[name] = [half for _, half in points]
-        panels.append(sample.line_plot(lines, "", "thousand steps", label, bands, width=480, height=300))
-    sample.save_image("assets/lengths.png", side_by_side(panels, 2))
 panels = []
-for title, settings in swept.items():
-    axis, paper = SWEEPS[title]
-    lines = {"the paper's FID": [(setting, fid / 26.58) for setting, (_, fid) in paper.items()]}
+for label, value in (("probe, last step, top-1 %", UNDERSTANDING["last step"][0]),
+                     ("held-out loss, nats", UNDERSTANDING["held-out loss"][0]),
+                     ("FD-c, no guidance", score("FD-c", 1)), ("FD-c, best guidance", score("FD-c", None))):
+    lines, bands = {}, {}
+    for variant, name in (*NAMED, ("step-view", "without MIM")):
+        there = [steps for steps in lengths if (steps, variant) in runs]
+        points = [mean_and_half([*map(value, runs[steps, variant].values())]) for steps in there]
+        lines[name] = [(steps / 1000, mean) for steps, (mean, _) in zip(there, points)]
+        if min(len(runs[steps, variant]) for steps in there) > 2:
+            bands[name] = [half for _, half in points]
+    panels.append(sample.line_plot(lines, "", "thousand steps", label, bands, width=480, height=300))
+rows = [np.concatenate(panels[:2], 1), np.concatenate(panels[2:], 1)]
+sample.save_image("assets/lengths.png", Image.fromarray(np.concatenate(rows)))
+panels = []
+for axis, paper in SWEEPS.values():
+    chosen = [fid for variant, fid in paper.values() if variant == "all"][0]
+    lines = {"the paper's FID": [(setting, fid / chosen) for setting, (_, fid) in paper.items()]}
     for cfg in (1, 1.5):
         value = score("FD-c", cfg)
         lines[f"FD-c, cfg {cfg:g}"] = [(setting, value(first[variant][0]) / value(first["all"][0]))
-                                       for setting, variant in settings.items()]
+                                       for setting, (variant, _) in paper.items()]
     panels.append(sample.line_plot(lines, "", axis, "relative to the paper's choice", width=480, height=300))
-sample.save_image("assets/sweeps.png", side_by_side(panels, 3))
+sample.save_image("assets/sweeps.png", Image.fromarray(np.concatenate(panels, 1)))
 print(f"results/README.md, README.md, assets/: {sum(map(len, runs.values()))} runs")
 EOF
