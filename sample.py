@@ -205,16 +205,21 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def line_plot(series: dict[str, list[tuple[float, float]]], title: str, x_label: str, y_label: str,
-              bands: dict[str, list[float]] = {}, width: int = 640, height: int = 400) -> Image.Image:
+              bands: dict[str, list[float]] = {}, width: int = 640, height: int = 400,
+              log_x: bool = False) -> Image.Image:
     """A plain line plot of {name: [(x, y), ...]} with a legend, drawn at twice the size; nan is left out.
 
     bands  {name: half width of the shaded band around each of its points}, for as many names as have one
+    log_x  a logarithmic x axis, marked where the points are
     """
-    rows = {name: [(x, y, half) for (x, y), half in zip(points, bands.get(name, [0.0] * len(points)))
+    rows = {name: [(x, y, half) for (x, y), half in zip(points, bands.get(name, [math.nan] * len(points)))
                    if math.isfinite(y)] for name, points in series.items()}
-    points = sum(rows.values(), []) or [(0.0, 0.0, 0.0)]
-    x0, x1 = min(x for x, _, _ in points), max(x for x, _, _ in points)
-    y0, y1 = min(y - half for _, y, half in points), max(y + half for _, y, half in points)
+    points = sum(rows.values(), []) or [(0.0, 0.0, math.nan)]
+    xs = sorted({x for x, _, _ in points})
+    scale = math.log if log_x else float
+    x0, x1 = scale(xs[0]), scale(xs[-1])
+    ends = [y + side * (half if math.isfinite(half) else 0) for _, y, half in points for side in (-1, 1)]
+    y0, y1 = min(ends), max(ends)
     x1 = max(x1, x0 + 1e-9)
     margin = 0.06 * (y1 - y0) or 0.5
     y0, y1 = y0 - margin, y1 + margin
@@ -223,18 +228,21 @@ def line_plot(series: dict[str, list[tuple[float, float]]], title: str, x_label:
     left, right, top, bottom = 140, 2 * width - 40, 80, 2 * height - 110
 
     def place(x, y):
-        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+        across, up = (scale(x) - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        return left + across * (right - left), bottom - up * (bottom - top)
 
     for y in _ticks(y0, y1):
-        draw.line([place(x0, y), place(x1, y)], "#DDDDDD", 2)
-        draw.text((left - 12, place(x0, y)[1]), f"{y:g}", "black", font, anchor="rm")
-    for x in filter(float.is_integer, map(float, _ticks(x0, x1))):  # steps, layers, positions are counts
+        level = place(xs[0], y)[1]
+        draw.line([(left, level), (right, level)], "#DDDDDD", 2)
+        draw.text((left - 12, level), f"{y:g}", "black", font, anchor="rm")
+    for x in xs if log_x else filter(float.is_integer, map(float, _ticks(x0, x1))):  # else x is a count
         draw.text((place(x, y0)[0], bottom + 10), f"{x:g}", "black", font, anchor="ma")
-    for colour, name in zip(COLOURS * 4, rows):
-        if name in bands and len(rows[name]) > 1:  # lines lie above all bands, and bands shine through others
+    for colour, line in zip(COLOURS * 4, rows.values()):
+        band = [point for point in line if math.isfinite(point[2])]
+        if len(band) > 1:  # lines lie above all bands, and bands shine through others
             mask = Image.new("L", image.size)
-            edges = [place(x, y + half) for x, y, half in rows[name]]
-            edges += [place(x, y - half) for x, y, half in reversed(rows[name])]
+            edges = [place(x, y + half) for x, y, half in band]
+            edges += [place(x, y - half) for x, y, half in reversed(band)]
             ImageDraw.Draw(mask).polygon(edges, 50)
             image.paste(colour, mask=mask)
     draw.line([(left, top), (left, bottom), (right, bottom)], "black", 3)

@@ -1573,7 +1573,8 @@ def test_sample_script():
 
 
 def test_pictures():
-    """A band is shaded around its line only; nan is left out; a name with a newline is one line of text."""
+    """A band is shaded around its line only; nan is left out; a logarithm spreads doublings evenly; a name with
+    a newline is one line of text."""
     line = {"a": [(0, 0.0), (1, math.nan), (2, 0.0)], "b": [(0, 4.0), (2, 4.0)]}
     plain, banded = (np.asarray(sample.line_plot(line, "", "", "", bands=bands)).astype(int)
                      for bands in ({}, {"a": [2.0, 2.0, 2.0], "b": [0.0, 0.0]}))
@@ -1581,6 +1582,12 @@ def test_pictures():
     shaded = ((column[:, 2] - column[:, 0]) > 20) & (column[:, 0] > 150)  # pale blue
     assert 0.4 < shaded.mean() < 0.65, shaded.mean()  # 4 of 6.7 units, with the margins
     assert not (((plain[90:680, 640, 2] - plain[90:680, 640, 0]) > 20) & (plain[90:680, 640, 0] > 150)).any()
+    ended = np.asarray(sample.line_plot(line, "", "", "", bands={"a": [2.0, 2.0, math.nan]})).astype(int)
+    assert not ((ended[90:680, 640, 2] - ended[90:680, 640, 0] > 20) & (ended[90:680, 640, 0] > 150)).any()
+    doublings = {"a": [(1, 0.0), (2, 0.0), (4, 0.0), (8, 0.0)]}
+    image = np.asarray(sample.line_plot(doublings, "", "", "", log_x=True)).astype(int)
+    blue = (image[:, :, 2] - image[:, :, 0] > 100).sum(0)  # 5 pixels in a column with line only, more at a dot
+    assert [(blue[at] > 10).item() for at in (140, 323, 507, 690, 873, 1240)] == [1, 0, 1, 0, 1, 1]
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     two, one = (sample.image_grid(pixels, 2, [name, "b"]) for name in ("a\nb", "a b"))
     assert np.array_equal(np.asarray(two), np.asarray(one))
