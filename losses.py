@@ -21,6 +21,7 @@ where the paper states it, "our choice:" where it leaves room. Where everything 
 
 Shapes in comments: B images on this process, B_all on all of them, V views of each, T tokens, codes (how
 many there are), K positions, C width, S slots (see `info_nce`). A (B V) axis is image-major: row b V + m.
+h (student) and h' (teacher) are the last block's features in Eq. 4, a middle block's in Eqs. 5 to 7.
 """
 
 from contextlib import nullcontext
@@ -159,7 +160,7 @@ def total_loss(terms: dict[str, torch.Tensor], alpha: float, beta: float) -> tor
 
 
 def label_accuracy(classes: torch.Tensor) -> torch.Tensor:
-    """What InfoNCE accuracy copying the label alone would reach; classes (B_all,), as the model saw them.
+    """InfoNCE accuracy of a model that only compares labels, in (0, 1]; classes (B_all,) as it saw them.
 
     Both anchor and target know the class, so a guess among the images of the same class is free. Logged
     beside the contrastive accuracies: what exceeds it is not explained by the label.

@@ -369,9 +369,11 @@ def save_npz(path: Path, model: Transformer, vq: tokenizer.VQModel, names: list[
     `protocol`, a JSON string of how the images were made: what the caller says of model and tokenizer, and
     every sampling setting.
 
-    Under torchrun each process makes every WORLD_SIZE-th batch and rank 0 joins them; no process group is
-    needed, the images do not depend on the number of processes, and a killed run goes on where it was: its
-    parts are named after the protocol, so that those of other weights or settings are never taken.
+    The batch that begins with image i draws from seed + i: files that are to share no noise need seeds at
+    least `count` apart. Under torchrun each process makes every WORLD_SIZE-th batch and rank 0 joins them; no
+    process group is needed, the images do not depend on the number of processes, and a killed run goes on
+    where it was: its parts are named after the protocol, so that those of other weights or settings are never
+    taken.
     Raises ValueError, in one sentence, while another run writes the same file.
     """
     rank, world = tokenizer.rank_and_world()

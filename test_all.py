@@ -1323,7 +1323,7 @@ def test_a_damaged_run_says_how_to_go_on():
         ("tokenizer.pt damaged", "tokenizer.pt", lambda file: file.write(b"PK")),
         ("tokenizer.pt is not the tokenizer", "tokenizer.pt",
          saved({"model": vq.state_dict(), "vq_config": vars(vq.config)})),
-        ("metrics.jsonl damaged delete 'rubbish'", "metrics.jsonl", lambda file: file.write(b"rubbish\n")),
+        ("metrics.jsonl damaged delete rubbish", "metrics.jsonl", lambda file: file.write(b"rubbish \xff\n")),
     ):
         kept = (folder / name).read_bytes()
         tokenizer.write_file(folder / name, write) if write else (folder / name).unlink()
@@ -1573,7 +1573,7 @@ def test_sample_script():
 
 
 def test_pictures():
-    """A band is shaded around its line only; nan is left out; a logarithm spreads doublings evenly; a name with
+    """A band is shaded around its line only; nan is left out; a log axis spaces doublings evenly; a name with
     a newline is one line of text."""
     line = {"a": [(0, 0.0), (1, math.nan), (2, 0.0)], "b": [(0, 4.0), (2, 4.0)]}
     plain, banded = (np.asarray(sample.line_plot(line, "", "", "", bands=bands)).astype(int)
@@ -1586,7 +1586,7 @@ def test_pictures():
     assert not ((ended[90:680, 640, 2] - ended[90:680, 640, 0] > 20) & (ended[90:680, 640, 0] > 150)).any()
     doublings = {"a": [(1, 0.0), (2, 0.0), (4, 0.0), (8, 0.0)]}
     image = np.asarray(sample.line_plot(doublings, "", "", "", log_x=True)).astype(int)
-    blue = (image[:, :, 2] - image[:, :, 0] > 100).sum(0)  # 5 pixels in a column with line only, more at a dot
+    blue = (image[:, :, 2] - image[:, :, 0] > 100).sum(0)  # 5 in a column of line only, more at a dot
     assert [(blue[at] > 10).item() for at in (140, 323, 507, 690, 873, 1240)] == [1, 0, 1, 0, 1, 1]
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     two, one = (sample.image_grid(pixels, 2, [name, "b"]) for name in ("a\nb", "a b"))

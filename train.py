@@ -170,7 +170,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
         if "data" in given:  # the subset is one of Tiny ImageNet
             settings["subset"] = ""
         if tokenizer.rank_and_world()[0] == 0:
-            print(f"!! No GPU: --preset {preset} is smaller and shorter here: {ON_CPU[preset]}")
+            print(f"!! On a CPU --preset {preset} is smaller and shorter: {ON_CPU[preset]}")
     if given.keys() & {"codes", "tokenizer_steps"}:  # these ask for a tokenizer of one's own
         settings["tokenizer"] = "train"
     if "epochs" in given:
@@ -271,11 +271,10 @@ class Objective(nn.Module):
         """The four parts of a `Batch` -> {"loss": Eq. 8, "loss_ar": its first term, ..., "acc_step": ...}."""
         V, depth, last = self.config.views, self.config.depth, self.student.config.n_layer
         mim_on, step_on, view_on = (term in self.config.terms for term in ("mim", "step", "view"))
-        masking_on = mim_on  # our choice: the student's keys are hidden exactly when L_MIM is on
         tokens = tokens.flatten(0, 1)  # (B V, T): all views in one batch
         inputs = tokens[:, :-1], classes.repeat_interleave(V)  # x_1 ... x_{T-1} and c, of each view
 
-        mask = key_mask if masking_on else None
+        mask = key_mask if mim_on else None  # our choice: keys are hidden exactly when L_MIM is on
         logits, features, _ = self.student(*inputs, key_mask=mask, layers=(depth, last))
         terms, log = {"ar": losses.ar_loss(logits, tokens)}, {}  # Eq. 2, under the mask of Eq. 3
         if mim_on or step_on or view_on:
@@ -304,10 +303,8 @@ class Objective(nn.Module):
 def learning_rate(config: Config, step: int, steps: int) -> float:
     """Linear warm-up, then constant (LlamaGen) or half a cosine down to 5 % (our choice)."""
     rate = config.base_lr * config.batch / 256 * min(1, (step + 1) / max(config.warmup, 1))
-    if config.schedule == "constant":
-        return rate
-    decay = (1 + math.cos(math.pi * step / steps)) / 2
-    return rate * (0.05 + 0.95 * decay)
+    cosine = 0.05 + 0.95 * ((1 + math.cos(math.pi * step / steps)) / 2)
+    return rate if config.schedule == "constant" else rate * cosine
 
 
 def ema_decay(config: Config, step: int, steps: int) -> float:
@@ -568,7 +565,7 @@ def open_folder(run: Run) -> None:
     Raises ValueError if a line of metrics.jsonl is damaged.
     """
     folder, metrics, kept = run.config.folder, run.config.folder / "metrics.jsonl", []
-    for text in metrics.read_text().splitlines(keepends=True) if metrics.exists() else []:
+    for text in metrics.read_text(errors="replace").splitlines(keepends=True) if metrics.exists() else []:
         try:
             if text.endswith("\n") and json.loads(text)["step"] <= run.start:  # a kill may leave half a line
                 kept.append(text)
@@ -588,7 +585,7 @@ def wrapped(run: Run) -> nn.Module:
     """run.objective: in DDP if there are several processes, and compiled if that is wanted and possible."""
     forward = run.objective
     if run.world > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False)
     # on a GPU Triton looks for a C compiler, on a CPU Inductor for one of C++
     variable, *compilers = ("CC", "gcc", "clang") if run.device.type == "cuda" else ("CXX", "g++", "clang++")
     if run.config.compile and (os.environ.get(variable) or any(map(shutil.which, compilers))):
