@@ -207,9 +207,9 @@ start, end = "<!-- results/table.sh writes from here -->", "<!-- to here -->"
 before, rest = Path("README.md").read_text().split(start)
 after = rest.split(end)[1]
 top = [before + start, table(table3, brief) + "\n" + gain]
-longest = max(steps for steps in lengths if min(len(runs[steps, v]) for v in ("ar", "all")) > 2)
-rows = {LOSSES[v]: runs[longest, v] for v in ("ar", "step-view", "all") if (longest, v) in runs}
-top += [f"The same after {longest:,} steps:", table(rows, brief, AR)]
+for steps in lengths[lengths.index(MAIN) + 1:]:
+    rows = {LOSSES[v]: runs[steps, v] for v in ("ar", "step-view", "all") if (steps, v) in runs}
+    top += [f"The same after {steps:,} steps:", table(rows, brief, AR)]
 Path("README.md").write_text("\n\n".join([*top, "And real images:", real, end + after]))
 
 # ---- Pictures ----
