@@ -1323,7 +1323,7 @@ def test_a_damaged_run_says_how_to_go_on():
         ("tokenizer.pt damaged", "tokenizer.pt", lambda file: file.write(b"PK")),
         ("tokenizer.pt is not the tokenizer", "tokenizer.pt",
          saved({"model": vq.state_dict(), "vq_config": vars(vq.config)})),
-        ("metrics.jsonl damaged delete rubbish", "metrics.jsonl", lambda file: file.write(b"rubbish \xff\n")),
+        ("metrics.jsonl damaged delete 'rubbish", "metrics.jsonl", lambda file: file.write(b"rubbish\xff\n")),
     ):
         kept = (folder / name).read_bytes()
         tokenizer.write_file(folder / name, write) if write else (folder / name).unlink()
