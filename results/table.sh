@@ -20,8 +20,10 @@ from PIL import Image
 import sample
 
 LOSSES = {"ar": "AR", "mim": "+ MIM", "mim-step": "+ MIM + step", "mim-view": "+ MIM + view",
-          "step-view": "+ step + view", "all": "**all (ST-AR)**"}  # the rows of the paper's Table 3
+          "step-view": "+ step + view", "all": "**all (ST-AR)**",  # the rows of the paper's Table 3
+          "mask-10-k-16": "all, r = 0.1, K = 16"}  # and one of ours
 MAIN, AR, ALL = 2000, LOSSES["ar"], LOSSES["all"]
+NAMED = (("ar", "AR"), ("all", "ST-AR"))
 # The paper's Tables 4, 5, 6: {title: (axis, {setting: (variant, the paper's FID)})}; "all" is the paper's choice
 SWEEPS = {
     "Mask ratio (the paper's Table 4)": ("hidden keys, %", {
@@ -176,8 +178,7 @@ text += ["## Equal time", "A step of ST-AR takes as long as 1.3 of AR's, one wit
 lengths = sorted(steps for steps, variant in runs if variant == "all" and (steps, "ar") in runs)
 for steps in lengths:
     if steps != MAIN:
-        there = [variant for length, variant in runs if length == steps]
-        rows = {LOSSES.get(v, v): runs[steps, v] for v in sorted(there, key=[*LOSSES, *sorted(there)].index)}
+        rows = {name: runs[steps, v] for v, name in LOSSES.items() if (steps, v) in runs}
         text += [f"## Length: {steps:,} steps", table(rows, UNDERSTANDING, AR), *samples_of(rows, AR)]
 text += ["## The CPU preset `tiny` as it is: 5,000 steps", table({ALL: runs[5000, "all"]}, UNDERSTANDING)]
 first = {variant: {0: seeds[0]} for (steps, variant), seeds in sorted(runs.items()) if steps == MAIN and 0 in seeds}
@@ -208,13 +209,12 @@ before, rest = Path("README.md").read_text().split(start)
 after = rest.split(end)[1]
 top = [before + start, table(table3, brief) + "\n" + gain]
 for steps in lengths[lengths.index(MAIN) + 1:]:
-    rows = {LOSSES[v]: runs[steps, v] for v in ("ar", "step-view", "all") if (steps, v) in runs}
+    rows = {name: runs[steps, v] for v, name in LOSSES.items() if (steps, v) in runs}
     top += [f"The same after {steps:,} steps:", table(rows, brief, AR)]
 Path("README.md").write_text("\n\n".join([*top, "And real images:", real, end + after]))
 
 # ---- Pictures ----
 
-NAMED = (("ar", "AR"), ("all", "ST-AR"))
 curves, bands = {}, {}
 for variant, name in NAMED:
     points = [mean_and_half(values) for values in zip(*map(curve, runs[MAIN, variant].values()))]
@@ -224,17 +224,23 @@ title = f"{MAIN:,} steps, {len(runs[MAIN, 'all'])} seeds, 95 % bands"
 plot = sample.line_plot(curves, title, "step of 64", "linear probe, top-1 %", bands)
 sample.save_image("assets/probe.png", plot)
 
-panels = []
-for label, value in (("probe, last step, top-1 %", UNDERSTANDING["last step"][0]),
-                     ("held-out loss, nats", UNDERSTANDING["held-out loss"][0]),
-                     ("FD-c, no guidance", score("FD-c", 1)), ("FD-c, best guidance", score("FD-c", None))):
+last, loss, free, guided_15 = (brief[name][0] for name in (
+    "last step", "held-out loss", "FD-c, cfg 1", "FD-c, cfg 1.5"))
+panels, against_ar = [], {  # of a line and AR's of the same length and seed
+    "probe, last step, top-1 %": lambda line, ar: last(line),
+    "held-out loss less AR's, nats": lambda line, ar: loss(line) - loss(ar),
+    "FD-c / AR's, no guidance": lambda line, ar: free(line) / free(ar),
+    "FD-c / AR's, guidance 1.5": lambda line, ar: guided_15(line) / guided_15(ar)}
+for label, value in against_ar.items():
     lines, bands = {}, {}
     for variant, name in (*NAMED, ("step-view", "without MIM")):
-        there = [steps for steps in lengths if (steps, variant) in runs]
-        points = [mean_and_half([*map(value, runs[steps, variant].values())]) for steps in there]
-        lines[name] = [(steps / 1000, mean) for steps, (mean, _) in zip(there, points)]
-        bands[name] = [half if len(runs[steps, variant]) > 2 else math.nan
-                       for steps, (_, half) in zip(there, points)]
+        lines[name], bands[name] = [], []
+        for steps in lengths:
+            seeds, ar = runs.get((steps, variant), {}), runs[steps, "ar"]
+            if both := sorted(seeds.keys() & ar.keys()):
+                mean, half = mean_and_half([value(seeds[seed], ar[seed]) for seed in both])
+                lines[name].append((steps / 1000, mean))
+                bands[name].append(half if len(both) > 2 else math.nan)
     panels.append(sample.line_plot(lines, "", "thousand steps", label, bands, width=480, height=300, log_x=True))
 rows = [np.concatenate(panels[:2], 1), np.concatenate(panels[2:], 1)]
 sample.save_image("assets/lengths.png", Image.fromarray(np.concatenate(rows)))
