@@ -180,6 +180,10 @@ for steps in lengths:
     if steps != MAIN:
         rows = {name: runs[steps, v] for v, name in LOSSES.items() if (steps, v) in runs}
         text += [f"## Length: {steps:,} steps", table(rows, UNDERSTANDING, AR), *samples_of(rows, AR)]
+text += ["## Size: 800 steps", "`nano` has 0.64M parameters, `tiny` 5.6M."]
+for size in ("nano", "tiny"):
+    rows = {f"`{size}`, {name}": runs[800, f"{size}-{variant}"] for variant, name in NAMED}
+    text += [table(rows, brief, f"`{size}`, AR")]
 text += ["## The CPU preset `tiny` as it is: 5,000 steps", table({ALL: runs[5000, "all"]}, UNDERSTANDING)]
 first = {variant: {0: seeds[0]} for (steps, variant), seeds in sorted(runs.items()) if steps == MAIN and 0 in seeds}
 text += ["## Mask ratio, depth, positions (the paper's Tables 4, 5, 6)",
