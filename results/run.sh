@@ -22,7 +22,7 @@ if [ ! -f "$out/trained" ]; then
   echo "$([ -n "$resume" ] || echo $((SECONDS - start)))" > "$out/trained"
 fi
 [ -f "$out/probe.json" ] || python probe.py "runs/$name" --layers all --out "$out"
-for cfg in ${CFGS:-1 1.5 2 3}; do
+for cfg in ${CFGS:-1 1.25 1.5 2 3}; do
   [ ! -f "$out/cfg$cfg.npz" ] || continue
   rm -f "$out"/{reconstructions,originals}.json  # scores without these samples
   python sample.py "runs/$name" --npz "$out/cfg$cfg.npz" --num-images "${NUM:-5000}" --cfg "$cfg" --seed 0

@@ -80,7 +80,7 @@ MEASURES = {"FD-c": 3, "IS-c": 2, "precision-c": 3, "recall-c": 3, "class agreem
 
 def scores(cfg, reference):
     """Columns of one guidance scale, or with None of each row's best."""
-    scale = {"cfg": (lambda line: line["best_cfg"], 1)} if cfg is None else {}
+    scale = {"cfg": (lambda line: line["best_cfg"], 2)} if cfg is None else {}
     return scale | {name: (score(name, cfg, reference), decimals) for name, decimals in MEASURES.items()}
 
 
