@@ -3,42 +3,47 @@
 #
 #     bash results/run.sh NAME [flags of train.py]       # as each line's "command"
 #     DATA=PACK.zip bash results/run.sh NAME ...          # other images than data/tiny-imagenet-200.zip
+#     DEVICE=cuda SUBSET= bash results/run.sh NAME ...    # on a GPU, all classes
 #
-# From the top folder of a clone. The classes are those of assets/tiny-imagenet-20.txt. What is there already is not
-# made again, so that a stopped line goes on. CFGS are the guidance scales, NUM the samples at each. A line made with
-# changed code holds the change as "diff".
+# From the top folder of a clone. SUBSET lists the classes, by default twenty; without it all are taken. What is there
+# already is not made again, so that a stopped line goes on. CFGS are the guidance scales, NUM the samples at each,
+# CLASSIFIER_STEPS the training of the classifier that scores them. A line made with changed code holds the change as
+# "diff".
 set -euo pipefail
 name=$1
 shift
 data=${DATA:-data/tiny-imagenet-200.zip}
-classes=assets/tiny-imagenet-20.txt
+subset=${SUBSET-assets/tiny-imagenet-20.txt}
+export DEVICE=${DEVICE:-cpu}
+steps=${CLASSIFIER_STEPS:-1200}
 out=results/work/$name
 mkdir -p "$out"
 
 if [ ! -f "$out/trained" ]; then
   start=$SECONDS
   resume=$([ ! -f "runs/$name/checkpoint.pt" ] || echo --resume)
-  python train.py --preset tiny --device cpu --name "$name" --data "$data" --subset $classes "$@" $resume
+  python train.py --preset tiny --device "$DEVICE" --name "$name" --data "$data" --subset "$subset" "$@" $resume
   echo "$([ -n "$resume" ] || echo $((SECONDS - start)))" > "$out/trained"
 fi
-[ -f "$out/probe.json" ] || python probe.py "runs/$name" --layers all --out "$out"
+[ -f "$out/probe.json" ] || python probe.py "runs/$name" --layers all --out "$out" --device "$DEVICE"
 for cfg in ${CFGS:-1 1.25 1.5 2 3}; do
   [ ! -f "$out/cfg$cfg.npz" ] || continue
   rm -f "$out"/{reconstructions,originals}.json  # scores without these samples
-  python sample.py "runs/$name" --npz "$out/cfg$cfg.npz" --num-images "${NUM:-5000}" --cfg "$cfg" --seed 0
+  python sample.py "runs/$name" --npz "$out/cfg$cfg.npz" --num-images "${NUM:-5000}" --cfg "$cfg" --seed 0 \
+    --device "$DEVICE"
 done
 score() {  # REFERENCE, then more rows
   reference=$1
   shift
   [ -f "$out/$reference.json" ] ||
-    python fid.py --real "$data" --subset $classes --features classifier --vq "runs/$name" \
-      --reference "$reference" --fake "$out"/cfg*.npz held-out "$@" --json "$out/$reference.json"
+    python fid.py --real "$data" --subset "$subset" --features classifier --classifier-steps "$steps" --vq "runs/$name" \
+      --reference "$reference" --fake "$out"/cfg*.npz held-out "$@" --device "$DEVICE" --json "$out/$reference.json"
 }
 score reconstructions
 score originals reconstructions
 
 PYTHONPATH=. python - "$name" "$out" "$data" "$@" <<'EOF'
-import contextlib, datetime, fcntl, json, pathlib, platform, subprocess, sys
+import contextlib, datetime, fcntl, json, os, pathlib, platform, subprocess, sys
 import numpy, torch
 import train
 name, out, data, *flags = sys.argv[1:]
@@ -52,7 +57,7 @@ for reference in ("reconstructions", "originals"):
     table = json.loads((out / f"{reference}.json").read_text())["scores"]
     scores[reference] = {pathlib.Path(row).stem.split(" ")[0]: values for row, values in table.items()}
 with contextlib.ExitStack() as held:  # the teacher's held-out loss; metrics.jsonl has the student's
-    resume = ["--resume", "--device", "cpu", "--name", name, "--data", data]
+    resume = ["--resume", "--device", os.environ["DEVICE"], "--name", name, "--data", data]
     finished = train.set_up(*train.parse_arguments(resume), held)
     finished.objective.student.load_state_dict(finished.objective.teacher.state_dict())
     teacher_nll = train.validation_loss(finished)
@@ -60,7 +65,12 @@ with contextlib.ExitStack() as held:  # the teacher's held-out loss; metrics.jso
 def git(*words):
     return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
 
-line = {"run": name, "command": " ".join(["bash results/run.sh", name, *flags]), "seed": config["seed"],
+settings = [f"{key}={os.environ[key]}" for key in ("SUBSET", "CLASSIFIER_STEPS") if key in os.environ]
+device = finished.device
+if device.type == "cuda":
+    settings = [f"DEVICE={device}", *settings]
+line = {"run": name, "command": " ".join([*settings, "bash results/run.sh", name, *flags]), "seed": config["seed"],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "commit": git("rev-parse", "--short", "HEAD"), "diff": git("diff", "HEAD", "--", "*.py"),
         "date": str(datetime.date.today()), "torch": torch.__version__, "numpy": numpy.__version__,
         "python": platform.python_version(), "threads": torch.get_num_threads(),
