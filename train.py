@@ -447,7 +447,8 @@ def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
                            (objective.projector, "projector"), (optimizer, "optimizer")):
             tokenizer.load_state(config.folder / "checkpoint.pt", part, checkpoint[name])
     if world > 1:
-        dist.init_process_group(store=store, rank=rank, world_size=world)  # NCCL on GPUs, gloo on CPUs
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     bfloat16 = sample.choose_precision("", device) == "bf16"
     if device.type == "cuda" and rank == 0 and not bfloat16:
         print("!! This GPU is too old for bfloat16 (Ampere is the first): training in float32, slower.")
