@@ -122,7 +122,7 @@ def next_logits_as_graph(model: Transformer, classes: torch.Tensor,
     with torch.cuda.graph(graph):
         logits = decode(model, token, position, cache)
 
-    def replay(known):
+    def replay(known, cache=cache):  # kept alive here: a graph only knows where its memory was
         if known.shape[1] == 0:
             return first
         token.copy_(known[:, -1])

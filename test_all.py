@@ -10,6 +10,7 @@ Also collected by pytest. The last line is "N passed, N failed".
 import argparse
 import atexit
 import contextlib
+import gc
 import inspect
 import io
 import json
@@ -28,11 +29,12 @@ import tempfile
 import time
 import traceback
 import warnings
+import weakref
 import zipfile
 
 from functools import lru_cache
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import scipy.linalg
@@ -1483,6 +1485,24 @@ def test_a_decode_step_of_fixed_shape():
                 logits = decode(net, tokens[:, p - 1], torch.tensor([p]), cache)
                 assert torch.allclose(logits, growing(tokens[:, :p]), atol=1e-4), p
     assert len(graphs) == 1
+
+
+def test_a_recorded_step_keeps_its_cache_alive():
+    """A graph holds addresses, not tensors: once, the cache was freed, and replays wrote into others' memory."""
+    net, caches = tiny_model(), []
+
+    def decode(model, tokens, position, cache):
+        caches.append(weakref.ref(cache))
+        return sample.decode_step(model, tokens, position, cache)
+
+    with torch.no_grad(), patch.multiple(torch.cuda, Stream=MagicMock(), current_stream=MagicMock(),
+                                         CUDAGraph=MagicMock(), stream=contextlib.nullcontext,
+                                         graph=contextlib.nullcontext):
+        replay = sample.next_logits_as_graph(net, some_tokens()[1], decode)
+    assert caches[-1]() is not None
+    del replay
+    gc.collect()
+    assert caches[-1]() is None  # nothing else does
 
 
 def test_bfloat16_leaves_the_rotary_table_alone():

@@ -68,7 +68,7 @@ def git(*words):
 settings = [f"{key}={os.environ[key]}" for key in ("SUBSET", "CLASSIFIER_STEPS") if key in os.environ]
 device = finished.device
 if device.type == "cuda":
-    settings = [f"DEVICE={device}", *settings]
+    settings = ["DEVICE=cuda", *settings]
 line = {"run": name, "command": " ".join([*settings, "bash results/run.sh", name, *flags]), "seed": config["seed"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "commit": git("rev-parse", "--short", "HEAD"), "diff": git("diff", "HEAD", "--", "*.py"),
