@@ -65,7 +65,7 @@ with contextlib.ExitStack() as held:  # the teacher's held-out loss; metrics.jso
 def git(*words):
     return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
 
-settings = [f"{key}={os.environ[key]}" for key in ("SUBSET", "CLASSIFIER_STEPS") if key in os.environ]
+settings = [f"{key}={os.environ[key]}" for key in ("SUBSET", "CLASSIFIER_STEPS", "NUM") if key in os.environ]
 device = finished.device
 if device.type == "cuda":
     settings = ["DEVICE=cuda", *settings]
