@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# results/runs.jsonl -> results/README.md, the table in README.md, assets/probe.png, lengths.png and sweeps.png
+# results/runs.jsonl -> results/README.md, the tables in README.md, assets/{probe,guidance,lengths,sweeps}.png
 #
 #     bash results/table.sh
 #
@@ -254,6 +254,20 @@ for title, by_name in (
         bands[name] = [mean_and_half(v)[1] if len(v) > 2 else np.ptp(v) / 2 for v in steps]  # 2: from seed to seed
     panels.append(sample.line_plot(lines, title, "step of 64", "probe, top-1 %", bands, width=480, height=300))
 sample.save_image("assets/probe.png", Image.fromarray(np.concatenate(panels, 1)))
+
+panels = []
+for title, rows in (("twenty classes, 8,000 steps, CPU", {name: runs[8000, variant] for variant, name in NAMED}),
+                    ("Tiny ImageNet, 9,750 steps, GPU", {name: runs[GPU, GPU_PREFIX + v] for v, name in NAMED})):
+    lines = {}
+    for name, seeds in rows.items():
+        points = [{cfg: (100 * row["class agreement"], row["FD-c"]) for cfg, row in guided(line).items()}
+                  for line in seeds.values()]
+        shared = sorted(set.intersection(*map(set, points)))  # guidance scales
+        lines[name] = [tuple(np.mean([seed[cfg] for seed in points], 0)) for cfg in shared]
+    real_row = next(iter(rows["AR"].values()))["scores"]["reconstructions"]["held-out"]
+    lines["real images"] = [(100 * real_row["class agreement"], real_row["FD-c"])]
+    panels.append(sample.line_plot(lines, title, "class agreement, %", "FD-c", width=480, height=300))
+sample.save_image("assets/guidance.png", Image.fromarray(np.concatenate(panels, 1)))
 
 last, loss, free, guided_15 = (brief[name][0] for name in (
     "last step", "held-out loss", "FD-c, cfg 1", "FD-c, cfg 1.5"))
