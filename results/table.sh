@@ -244,10 +244,11 @@ for steps in lengths[lengths.index(MAIN) + 1:]:
         rows = {name: runs[steps, v] for v, name in LOSSES.items() if (steps, v) in runs}
         tables += [f"The same after {steps:,} steps:", table(rows, brief, AR)]
 held_out = gpu[AR][0]["scores"]["reconstructions"]["held-out"]
-tables += ["""And real images. Only the first row compares with the tables above. Guided samples after 8,000 steps exceed
-its IS-c and agreement: there, more is not closer to real.""", real, """**All of Tiny ImageNet on a GPU**, the preset as it
-is: 200 classes, 5.6M parameters, 50 epochs, two seeds. Chance is 0.5 % here, and another classifier scores the samples:
-do not compare with the above.""", table(gpu, brief),
+tables += ["""And real images. Only the first row compares with the tables above. Guided samples after 8,000 steps
+exceed its IS-c and agreement: there, more is not closer to real.""", real]
+tables += ["""**All of Tiny ImageNet on a GPU**, the preset as it is: 200 classes, 5.6M parameters, 50 epochs, two
+seeds. Chance is 0.5 % here, and another classifier scores the samples: do not compare with the above.""",
+           table(gpu, brief),
            f"Held-out real images have FD-c {held_out['FD-c']:.3f}, IS-c {held_out['IS-c']:.2f} and class agreement "
            f"{100 * held_out['class agreement']:.1f} % there."]
 readme = between(Path("README.md").read_text(), "the summary", "\n".join(short))
