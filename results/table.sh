@@ -101,6 +101,8 @@ def mean_and_half(values):
 
 
 def cell(values, decimals, sign=""):
+    if not np.isfinite(values).all():  # not measured
+        return ""
     if len(values) == 2:
         return ", ".join(f"{value:{sign}.{decimals}f}" for value in values)
     mean, half = mean_and_half(values)
