@@ -2734,7 +2734,6 @@ def main():
     kinds = ("stress_",) if "--stress" in sys.argv else ("test_", "cuda_test_")
     tests = {name: test for name, test in globals().items() if name.startswith(kinds)
              and (not words or any(word in name for word in words))}
-    torch.set_num_threads(min(torch.get_num_threads(), 4))  # more are in each other's way on tensors this small
     skipped = [name for name in tests if name.startswith("cuda") and not torch.cuda.is_available()]
     for name in skipped:
         del tests[name]

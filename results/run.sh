@@ -14,7 +14,7 @@ name=$1
 shift
 data=${DATA:-data/tiny-imagenet-200.zip}
 subset=${SUBSET-assets/tiny-imagenet-20.txt}
-export DEVICE=${DEVICE:-cpu}
+device=${DEVICE:-cpu}
 steps=${CLASSIFIER_STEPS:-1200}
 out=results/work/$name
 mkdir -p "$out"
@@ -22,22 +22,23 @@ mkdir -p "$out"
 if [ ! -f "$out/trained" ]; then
   start=$SECONDS
   resume=$([ ! -f "runs/$name/checkpoint.pt" ] || echo --resume)
-  python train.py --preset tiny --device "$DEVICE" --name "$name" --data "$data" --subset "$subset" "$@" $resume
+  python train.py --preset tiny --device "$device" --name "$name" --data "$data" --subset "$subset" "$@" $resume
   echo "$([ -n "$resume" ] || echo $((SECONDS - start)))" > "$out/trained"
 fi
-[ -f "$out/probe.json" ] || python probe.py "runs/$name" --layers all --out "$out" --device "$DEVICE"
+[ -f "$out/probe.json" ] || python probe.py "runs/$name" --layers all --out "$out" --device "$device"
 for cfg in ${CFGS:-1 1.25 1.5 2 3}; do
   [ ! -f "$out/cfg$cfg.npz" ] || continue
   rm -f "$out"/{reconstructions,originals}.json  # scores without these samples
   python sample.py "runs/$name" --npz "$out/cfg$cfg.npz" --num-images "${NUM:-5000}" --cfg "$cfg" --seed 0 \
-    --device "$DEVICE"
+    --device "$device"
 done
 score() {  # REFERENCE, then more rows
   reference=$1
   shift
   [ -f "$out/$reference.json" ] ||
-    python fid.py --real "$data" --subset "$subset" --features classifier --classifier-steps "$steps" --vq "runs/$name" \
-      --reference "$reference" --fake "$out"/cfg*.npz held-out "$@" --device "$DEVICE" --json "$out/$reference.json"
+    python fid.py --real "$data" --subset "$subset" --features classifier --classifier-steps "$steps" \
+      --vq "runs/$name" --reference "$reference" --fake "$out"/cfg*.npz held-out "$@" --device "$device" \
+      --json "$out/$reference.json"
 }
 score reconstructions
 score originals reconstructions
@@ -57,7 +58,7 @@ for reference in ("reconstructions", "originals"):
     table = json.loads((out / f"{reference}.json").read_text())["scores"]
     scores[reference] = {pathlib.Path(row).stem.split(" ")[0]: values for row, values in table.items()}
 with contextlib.ExitStack() as held:  # the teacher's held-out loss; metrics.jsonl has the student's
-    resume = ["--resume", "--device", os.environ["DEVICE"], "--name", name, "--data", data]
+    resume = ["--resume", "--device", os.environ.get("DEVICE", "cpu"), "--name", name, "--data", data]
     finished = train.set_up(*train.parse_arguments(resume), held)
     finished.objective.student.load_state_dict(finished.objective.teacher.state_dict())
     teacher_nll = train.validation_loss(finished)
@@ -65,10 +66,8 @@ with contextlib.ExitStack() as held:  # the teacher's held-out loss; metrics.jso
 def git(*words):
     return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
 
-settings = [f"{key}={os.environ[key]}" for key in ("SUBSET", "CLASSIFIER_STEPS", "NUM") if key in os.environ]
+settings = [f"{key}={os.environ[key]}" for key in ("DEVICE", "SUBSET", "CLASSIFIER_STEPS", "NUM") if key in os.environ]
 device = finished.device
-if device.type == "cuda":
-    settings = ["DEVICE=cuda", *settings]
 line = {"run": name, "command": " ".join([*settings, "bash results/run.sh", name, *flags]), "seed": config["seed"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "commit": git("rev-parse", "--short", "HEAD"), "diff": git("diff", "HEAD", "--", "*.py"),
