@@ -173,10 +173,10 @@ Twenty classes of Tiny ImageNet (assets/tiny-imagenet-20.txt) at 32 px, shipped 
 `--steps`, unless said; student weights, one thread per run, two runs side by side on two cores. Probe: top-1 in %,
 under the null class, on 1,000 held-out images, the contrast layer (2 of 4) unless said. Samples: 5,000 per run and
 guidance scale; 1.25 only for AR and all losses after 8,000 and 16,000 steps and for the runs on the GPU, so that the
-best scale of other rows is the best without it. ± is half of a 95 % interval over seeds; differences are taken seed by seed (the
-same order of data, initial weights and masks). Lines with `--compile` in their command differ from what they would be
-without by rounding only. What questions.md calls a change of code stands in the line as "diff", for `git apply` on
-its commit.""",
+best scale of other rows is the best without it. ± is half of a 95 % interval over seeds; differences are taken seed
+by seed (the same order of data, initial weights and masks). Lines with `--compile` in their command differ from what
+they would be without by rounding only. What questions.md calls a change of code stands in the line as "diff", for
+`git apply` on its commit.""",
         f"## Each loss: {MAIN:,} steps (the paper's Table 3)", "Understanding", table(table3, UNDERSTANDING, AR),
         *samples_of(table3, AR, references=("reconstructions", "originals"))]
 LONGER = "AR, 1.3 times the steps"
@@ -194,11 +194,11 @@ for size in ("nano", "tiny"):
     text += [table(rows, brief, f"`{size}`, AR")]
 gpu = {name: runs[GPU, GPU_PREFIX + v] for v, name in LOSSES.items() if (GPU, GPU_PREFIX + v) in runs}
 text += ["## All of Tiny ImageNet on a GPU: the preset `tiny` as it is",
-         """200 classes, 5.6M parameters, 9,750 steps of 512 images x 2 crops (50 epochs) in bfloat16 on an H200, on which
-four runs trained at once; alone it trains 3.8 million tokens a second. 10,000 samples per guidance scale, 10,000
-held-out images. The classifier had 12,000 steps, because there are ten times the classes: these do not compare with
-those of twenty. The probe learns from 10,000 training images; chance is 0.5. Of the run with r = 0.1 the samples were
-drawn and scored on a CPU, in float32.""", table(gpu, UNDERSTANDING, AR), *samples_of(gpu, AR, (1, 1.25, 1.5, 2)),
+         """200 classes, 5.6M parameters, 9,750 steps of 512 images x 2 crops (50 epochs) in bfloat16 on an
+H200, on which four runs trained at once; alone it trains 3.8 million tokens a second. 10,000 samples per guidance
+scale, 10,000 held-out images. The classifier had 12,000 steps, because there are ten times the classes: these do not
+compare with those of twenty. The probe learns from 10,000 training images; chance is 0.5. Of the run with r = 0.1 the
+samples were drawn and scored on a CPU, in float32.""", table(gpu, UNDERSTANDING, AR), *samples_of(gpu, AR, (1, 1.25, 1.5, 2)),
          bounds(gpu[AR][0])]
 text += ["## The CPU preset `tiny` as it is: 5,000 steps", table({ALL: runs[5000, "all"]}, UNDERSTANDING)]
 first = {variant: {0: seeds[0]} for (steps, variant), seeds in sorted(runs.items()) if steps == MAIN and 0 in seeds}
