@@ -198,8 +198,8 @@ text += ["## All of Tiny ImageNet on a GPU: the preset `tiny` as it is",
 H200, on which four runs trained at once; alone it trains 3.8 million tokens a second. 10,000 samples per guidance
 scale, 10,000 held-out images. The classifier had 12,000 steps, because there are ten times the classes: these do not
 compare with those of twenty. The probe learns from 10,000 training images; chance is 0.5. Of the run with r = 0.1 the
-samples were drawn and scored on a CPU, in float32.""", table(gpu, UNDERSTANDING, AR), *samples_of(gpu, AR, (1, 1.25, 1.5, 2)),
-         bounds(gpu[AR][0])]
+samples were drawn and scored on a CPU, in float32.""",
+         table(gpu, UNDERSTANDING, AR), *samples_of(gpu, AR, (1, 1.25, 1.5, 2)), bounds(gpu[AR][0])]
 text += ["## The CPU preset `tiny` as it is: 5,000 steps", table({ALL: runs[5000, "all"]}, UNDERSTANDING)]
 first = {variant: {0: seeds[0]} for (steps, variant), seeds in sorted(runs.items()) if steps == MAIN and 0 in seeds}
 text += ["## Mask ratio, depth, positions (the paper's Tables 4, 5, 6)",
