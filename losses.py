@@ -2,10 +2,10 @@
 
     L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2                                                (Eq. 8)
 
-L_AR is next-token prediction. The student computes it while a random part of its keys is hidden (Eq. 3);
-L_MIM pulls its last layer towards that of an unmasked EMA teacher (Eq. 4); L_step and L_view make a
-middle-layer feature tell its own image from the others of the batch, as seen from another step (Eq. 6) or
-another view (Eq. 7) by the teacher. Nothing of this is left at sampling time.
+L_AR is next-token prediction. L_MIM hides a random part of the student's keys (Eq. 3) and pulls its last
+layer towards that of an unmasked EMA teacher (Eq. 4); L_step and L_view make a middle-layer feature tell its
+own image from the others of the batch, as seen from another step (Eq. 6) or another view (Eq. 7) by the
+teacher. Nothing of this is left at sampling time.
 
 Plain functions of tensors; they run on a CPU and need no process group. Every choice is tagged "paper:"
 where the paper states it, "our choice:" where it leaves room. Where everything is:
@@ -24,8 +24,6 @@ many there are), K positions, C width, S slots (see `info_nce`). A (B V) axis is
 h (student) and h' (teacher) are the last block's features in Eq. 4, a middle block's in Eqs. 5 to 7.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -36,15 +34,17 @@ from torch import nn
 def sample_key_mask(batch: int, num_tokens: int, ratio: float, generator: torch.Generator) -> torch.Tensor:
     """The sequence masks of Eq. 3: bool (batch, T), True where a key is hidden from all queries.
 
-    paper: a random fraction r = 0.25 of the positions, one set for all queries, heads and layers, drawn anew.
-    our choice: exactly round(r (T - 1)) of the positions 1 ... T - 1, for the token's own query too. Position
-    0, the class, stays visible: it is the only key of the first query, whose row would else be empty.
+    paper: a random fraction r = 0.25 of the positions, one set for all queries.
+    our choice: exactly round(r (T - 1)) of the positions 1 ... T - 1, anew in each step, in all heads and
+    layers; the token's own query does not see it either. Position 0, the class, stays visible: it is the only
+    key of the first query, whose row would else be empty.
     Raises ValueError unless 0 <= r < 1.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"the mask ratio must lie in [0, 1), not {ratio}.")
+    # each row a random order of 0 ... T - 2
     shuffled = torch.rand(batch, num_tokens - 1, generator=generator, device=generator.device).argsort(1)
-    masked = shuffled < round(ratio * (num_tokens - 1))  # each row a random order of 0 ... T - 2
+    masked = shuffled < round(ratio * (num_tokens - 1))
     return F.pad(masked, (1, 0))
 
 
@@ -104,8 +104,7 @@ def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
     float32, also under autocast. The accuracy is the share of anchors closest to their positive.
     """
     a, t = F.normalize(anchors.float(), dim=-1), F.normalize(targets.float().detach(), dim=-1)
-    has_autocast = a.device.type != "meta"  # asking torch instead would break the compiled graph of torch 2.5
-    with torch.autocast(a.device.type, enabled=False) if has_autocast else nullcontext():  # bfloat16 has ties
+    with torch.autocast("cuda" if a.is_cuda else "cpu", enabled=False):  # bfloat16 has ties
         logits = a @ t.mT / temperature  # (S, B, B_all)
     S, B, B_all = logits.shape
     positive = torch.arange(own_start, own_start + B, device=logits.device).repeat(S)  # (S B,)
@@ -165,8 +164,7 @@ def label_accuracy(classes: torch.Tensor) -> torch.Tensor:
     Both anchor and target know the class, so a guess among the images of the same class is free. Logged
     beside the contrastive accuracies: what exceeds it is not explained by the label.
     """
-    same = classes[:, None] == classes
-    return (1 / same.sum(1)).mean()
+    return (1 / (classes[:, None] == classes).sum(1)).mean()
 
 
 # ---- Between student and teacher, and between processes ----------------------------------------------------

@@ -190,7 +190,7 @@ class Transformer(nn.Module):
         layers   blocks whose outputs to return, 1 ... n_layer
         head     whether to compute logits
         return_attention  whether to return attention weights, from the explicit path instead of the fused one
-        cache    a `sample.KVCache`: positions in it are not run again, the results are those of the others
+        cache    a `sample.KVCache`: positions in it are not run again, only the new ones are returned
         """
         start = cache.length if cache is not None else 0
         end = tokens.shape[1] + 1
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
         if key_mask is not None:
             allowed = allowed & ~key_mask[:, None, None, :]  # (B, 1, t, s): Eq. 3
         plain_causal = key_mask is None and start == 0  # the fused kernel then needs no mask
-        needed = len(self.layers) if head else max(layers)  # blocks; no head, no need to go to the end
+        needed = len(self.layers) if head else max(layers, default=0)  # no head, no need to go to the end
         hidden, attention = {}, []
         for number, layer in enumerate(self.layers[:needed], 1):
             past = partial(cache.append, number - 1) if cache is not None else None
@@ -228,11 +228,11 @@ def load_checkpoint(path: str | Path, whole: bool = False) -> dict:
     content = read_weights(path)
     if "tok_embeddings.weight" in content:
         content = {"model": content}
-    kinds = dict.fromkeys(("model", "ema", "projector", "optimizer", "config", "data", "model_config"), dict)
-    for name, kind in (kinds | {"step": int}).items():
-        part = content.get(name, None if whole else kind())
-        if not isinstance(part, kind) or (kind is int and part < 0):
-            raise ValueError(f"{path} lacks {name}, or what it has is no {kind.__name__} that can be used.")
+    wrong = [name for name in ("model", "ema", "projector", "optimizer", "config", "data", "model_config")
+             if not isinstance(content.get(name, None if whole else {}), dict)]
+    step = content.get("step", -1 if whole else 0)
+    if wrong or not isinstance(step, int) or step < 0:
+        raise ValueError(f"{path} lacks {(wrong or ['step'])[0]}, or what it has there cannot be used.")
     state = content.get("model", {})
     if "cls_embedding.embedding_table.weight" not in state:
         raise ValueError(f"{path} holds a VQ tokenizer or something else, no class-conditional transformer.")

@@ -83,15 +83,12 @@ def words_for_cpu(argv):
 
 def run(main, *argv):
     """`heard` of a script's main with these arguments, in this process and in the workshop."""
-    place, signals = os.getcwd(), (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.getsignal(kind) for kind in signals]  # train.py sets its own
+    place = os.getcwd()
     os.chdir(workshop())
     try:
         return heard(main, words_for_cpu(argv))
     finally:
         os.chdir(place)
-        for kind, handler in zip(signals, handlers):
-            signal.signal(kind, handler)
 
 
 def launch(name, *argv, processes=1):
@@ -1188,11 +1185,12 @@ def test_impossible_settings_get_one_sentence():
         train.check_config(a_config(**changes), world)
 
     check()
+    check(batch=1, losses="ar+mim")  # which compares no images
     for words, changes in {
-        "write ar": dict(losses="mim"), "write ar,": dict(losses="ar+moco"), "layers 1 ... 4": dict(depth=5),
-        "10 crops": dict(views=11), "view loss compares at least 2": dict(views=1),
-        "at least 2 --positions": dict(positions=1), "multiple of 3 process(es)": dict(world=3),
-        "2 images": dict(batch=1), "vq_ds16_c2i.pt": dict(image_size=256),
+        "layers 1 ... 4": dict(depth=5), "10 crops": dict(views=11),
+        "view loss compares at least 2": dict(views=1), "at least 2 --positions": dict(positions=1),
+        "multiple of 3 process(es)": dict(world=3), "2 images": dict(batch=1),
+        "vq_ds16_c2i.pt": dict(image_size=256),
     }.items():
         refuses(ValueError, words, check, **changes)
     for changes, words in ((dict(positions=16), "K = 16"), (dict(mask_ratio=1.0), "mask ratio")):
@@ -1213,6 +1211,9 @@ def test_flags_come_from_the_config():
     assert given == {"preset": "nano", "ema_ramp": False}
     assert train.parse_arguments(["--preset", "B", "--losses", "ar"])[0].name == "B-ar"
     assert train.parse_arguments(["--preset", "B"])[0].crop_ratios == (1.1, 1.05)
+    parser = argparse.ArgumentParser()
+    train.add_flag(parser, next(field for field in train.fields(train.Config) if field.name == "batch"), "N")
+    assert "N (default 256, nano 32, tiny 512)" in parser.format_help()
     for name in train.PRESETS:
         config, *_ = train.parse_arguments(["--preset", name, "--data", "images", "--tokenizer", "vq.pt"])
         train.check_config(config, 1)
@@ -1416,6 +1417,16 @@ def test_without_network_the_shapes_stand_in():
     with patch.object(tokenizer, "download_tiny_imagenet", offline):
         said = heard(lambda: print(tokenizer.find_images(""), tokenizer.find_images("x.zip")))
     assert "SHAPES" in said and "no route to host" in said and said.endswith("shapes x.zip\n")
+
+
+def test_a_resumed_run_stays_in_its_folder():
+    """Also where shapes would stand in for its images now; and Ctrl-C means again what it did before."""
+    trained_run()
+    before, prepare = signal.getsignal(signal.SIGINT), tokenizer.prepare
+    with patch.object(tokenizer, "prepare", lambda *settings: prepare(*settings)._replace(suffix="-shapes")):
+        said = run(train.main, "--resume", "--name", "trained")
+    assert "Done: runs/trained/" in said and not (workshop() / "runs" / "trained-shapes").exists()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # ---- sample.py ---------------------------------------------------------------------------------------------
@@ -2224,9 +2235,9 @@ def test_train_refuses():
         invalid choice               | --model M
         invalid choice               | --schedule linear
         --lr                         | --lr 1e-3
-        write ar                     | --losses mim
-        write ar                     | --losses ar+moco
-        write ar                     | --losses ar+mim+mim
+        invalid choice ar+mim        | --losses mim
+        invalid choice ar+mim        | --losses ar+moco
+        invalid choice ar+mim        | --losses ar,mim
         layers 1 ... 4               | --depth 5
         10 crops                     | --views 11
         compares at least 2          | --views 1
@@ -2236,6 +2247,7 @@ def test_train_refuses():
         2 images                     | --batch 1
         44 fewer --batch 48          | --batch 48
         18 no multiple 4             | --image-size 18
+        18 no multiple 4             | --image-size 18 --tokenizer shipped --codes 1024
         --name letters               | --name ..
         --name letters               | --name a/b
         --name letters               | --name /tmp/x

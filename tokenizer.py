@@ -660,6 +660,12 @@ class VQConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
 
+def check_image_size(size: int, config: VQConfig) -> None:
+    """Raise ValueError for a side in pixels that does not give whole codes."""
+    if size % config.downsample:
+        raise ValueError(f"image size {size} is no multiple of the tokenizer's factor {config.downsample}.")
+
+
 VQ_CONFIGS = {
     "vq_ds16": VQConfig(),
     "vq_ds4": VQConfig(codebook_size=1024, ch=16, ch_mult=(1, 2, 4), res_blocks=1, z_channels=64, groups=8,
@@ -881,7 +887,8 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
     Raises FileNotFoundError or ValueError, in one sentence, if `path` is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no tokenizer at {path}; train one: python tokenizer.py train --out {path}")
+        raise FileNotFoundError(f"no tokenizer at {path}; name another, or train one: python tokenizer.py "
+                                f"train --out {path}")
     content = read_weights(path)
     state = content.get("model")
     if not isinstance(state, dict):
@@ -998,8 +1005,7 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["
     Adam, warm-up over 5 % of the steps, cosine to zero. Codes that go unused are restarted on latents of the
     current batch during the first three quarters. Raises ValueError for a size the codes do not divide.
     """
-    if size % config.downsample:
-        raise ValueError(f"image size {size} is no multiple of the tokenizer's factor {config.downsample}.")
+    check_image_size(size, config)
     torch.manual_seed(seed)
     crops = Crops(images, size, seed, device, skip_corrupt)
     net = train_perceptual(crops, len(images.classes), max(steps // 2, 10))
@@ -1086,6 +1092,7 @@ def held_out_pixels(images: ImageSet, size: int, count: int, skip_corrupt: bool 
 
 def print_quality(path: str | Path, vq: VQModel, settings) -> None:
     """One line about the tokenizer at `path` on at most 1000 held-out images; `settings` as below."""
+    check_image_size(settings.image_size, vq.config)
     images = open_images(settings.data, "val", settings.subset)
     pixels = held_out_pixels(images, settings.image_size, 1000, settings.skip_corrupt)
     quality = evaluate_tokenizer(vq, pixels)
@@ -1188,8 +1195,7 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
     Raises ValueError as `load_cache` and `read_pixels` do, if codes and image size do not fit, or if another
     job encodes into `folder` now.
     """
-    if size % vq.config.downsample:
-        raise ValueError(f"image size {size} is no multiple of this tokenizer's {vq.config.downsample}.")
+    check_image_size(size, vq.config)
     if vq.config.codebook_size > UNREADABLE:
         raise ValueError(f"the cache stores codes in 16 bits; {vq.config.codebook_size} codes do not fit.")
     folder, meta = Path(folder), cache_meta(images, vq, size, ratios)

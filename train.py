@@ -1,7 +1,8 @@
 """Train ST-AR (arXiv 2509.15185), or its plain autoregressive baseline, on the codes of an image set.
 
 Whatever is missing is made on the way: images are found or downloaded, a tokenizer is trained, the codes of
-ten crops per image are cached. The model is in model.py, the losses are in losses.py; here is the loop.
+each image's crops, ten per crop ratio, are cached. The model is in model.py, the losses are in losses.py;
+here is the loop.
 
     python train.py --preset nano                                   # built-in images, minutes on a CPU
     python train.py --preset tiny                                   # Tiny ImageNet at 32 px
@@ -70,7 +71,7 @@ class Config:
     dropout: Annotated[float, 0, 0.9] = 0.1  # LlamaGen: of tokens, attention and feed-forward outputs
     init: str = ""  # checkpoint to start from, ours or LlamaGen's
     # method
-    losses: str = "ar+mim+step+view"  # ar, plus any of mim, step, view
+    losses: str = "ar+mim+step+view"  # the terms of Eq. 8
     views: Count = 2  # paper: views of each image in a batch (V)
     mask_ratio: Annotated[float, 0, 0.99] = 0.25  # paper: share of keys hidden from the student (r), with mim
     positions: Count = 4  # paper: positions sampled for the contrastive losses (K)
@@ -82,7 +83,7 @@ class Config:
     ema_ramp: bool = True  # our choice for short runs: raise the decay to 1 along half a cosine
     class_dropout: Annotated[float, 0, 1] = 0.1  # LlamaGen: share of labels made the null class, for guidance
     # optimisation
-    epochs: Count = 50  # passes over the images
+    epochs: Count = 50  # passes over the images, each without the last batch if that is not a full one
     steps: Annotated[int, 0, math.inf] = 0  # optimizer steps; 0: as many as the epochs take
     batch: Count = 256  # LlamaGen: images per step, over all processes
     accumulate: Count = 1  # micro-batches per step; negatives then come from the micro-batch
@@ -124,8 +125,10 @@ PRESETS = {
     "L": PAPER | dict(model="L", depth=18),  # paper: layer 18 of 24, although it calls it the middle
     "XL": PAPER | dict(model="XL", depth=18),
 }
-CHOICES = {"preset": list(PRESETS), "model": list(SIZES), "schedule": ["cosine", "constant"]}
-TWENTY = str(Path(__file__).with_name("assets") / "tiny-imagenet-20.txt")  # a tenth of the encoding
+CHOICES = {"preset": list(PRESETS), "model": list(SIZES), "schedule": ["cosine", "constant"],
+           "losses": ["ar", "ar+mim", "ar+step", "ar+view", "ar+mim+step", "ar+mim+view", "ar+step+view",
+                      Config.losses]}
+TWENTY = str(Path(__file__).with_name("assets") / "tiny-imagenet-20.txt")  # a tenth of the time to encode
 ON_CPU = {  # what a CPU runs instead, said loudly; the subset is that of Tiny ImageNet, not of --data
     "tiny": dict(subset=TWENTY, model="nano", depth=2, dropout=0.0, steps=5000, batch=32,
                  base_lr=2e-3 * 256 / 32, warmup=100, save_every=500, eval_images=1000),
@@ -136,7 +139,9 @@ ON_CPU = {  # what a CPU runs instead, said loudly; the subset is that of Tiny I
 
 def add_flag(parser: argparse.ArgumentParser, field: Field, comment: str) -> None:
     """Give `parser` the flag of one field of `Config`."""
-    text = comment if field.default == "" else f"{comment} (default {field.default})"
+    defaults = [str(field.default)] if field.default != "" else []
+    defaults += [f"{name} {preset[field.name]}" for name, preset in PRESETS.items() if field.name in preset]
+    text = f"{comment} (default {', '.join(defaults)})" if defaults else comment
     if field.type is bool:
         how = dict(action=argparse.BooleanOptionalAction)
     elif field.type is str:
@@ -169,13 +174,14 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
         settings |= ON_CPU[preset]
         if "data" in given:  # the subset is one of Tiny ImageNet
             settings["subset"] = ""
-        if tokenizer.rank_and_world()[0] == 0:
-            print(f"!! On a CPU --preset {preset} is smaller and shorter: {ON_CPU[preset]}")
     if given.keys() & {"codes", "tokenizer_steps"}:  # these ask for a tokenizer of one's own
         settings["tokenizer"] = "train"
     if "epochs" in given:
         settings["steps"] = 0
     config = Config(**settings | given)
+    if device == "cpu" and preset in ON_CPU and not resume and tokenizer.rank_and_world()[0] == 0:
+        smaller = {name: getattr(config, name) for name in ON_CPU[preset] if name not in given}
+        print(f"!! On a CPU --preset {preset} is smaller and shorter: {smaller}")
     if not config.name:
         all_on = config.losses == Config.losses
         config.name = preset if all_on else f"{preset}-{config.losses.replace('+', '-')}"
@@ -187,18 +193,18 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
 def check_config(c: Config, world: int) -> None:
     """Raise ValueError for settings that are not possible together."""
     on, n_layer, crops = c.terms, SIZES[c.model][0], 10 * len(c.crop_ratios)
+    contrast = "step" in on or "view" in on
     for wrong, sentence in (
-        (on[0] != "ar" or not set(on[1:]) <= {"mim", "step", "view"} or len(set(on)) < len(on),
-         f"--losses {c.losses}: write ar, or ar plus some of mim, step, view, as in ar+mim+view"),
         (c.depth > n_layer, f"--depth {c.depth}: model {c.model} has layers 1 ... {n_layer}"),
-        (not 1 + ("view" in on) <= c.views <= crops,
-         f"--views {c.views}: an image has {crops} crops, and the view loss compares at least 2"),
+        (c.views > crops, f"--views {c.views}: an image has {crops} crops"),
+        ("view" in on and c.views < 2, "the view loss compares at least 2 --views"),
         ("step" in on and c.positions < 2, "the step loss compares at least 2 --positions"),
         (c.batch % (world * c.accumulate) > 0,
          f"--batch {c.batch} must be a multiple of {world} process(es) x {c.accumulate} micro-batch(es)"),
-        (len(on) > 1 and c.batch < 2 * c.accumulate, "the added losses need 2 images at a time"),
-        (c.image_size > 64 and not (c.data and Path(c.tokenizer).suffix), "this preset needs --data DIR, "
-         "ImageNet's, and --tokenizer vq_ds16_c2i.pt, published at huggingface.co/FoundationVision/LlamaGen"),
+        (contrast and c.batch < 2 * c.accumulate, "step and view loss compare at least 2 images at a time"),
+        (c.image_size > 64 and not (c.data and c.tokenizer not in ("shipped", "train")),
+         f"--image-size {c.image_size} needs --data DIR, ImageNet's, and --tokenizer vq_ds16_c2i.pt, "
+         "published at huggingface.co/FoundationVision/LlamaGen"),
     ):
         if wrong:
             raise ValueError(sentence + ".")
@@ -243,7 +249,8 @@ def draw_batch(config: Config, cache: tokenizer.TokenCache, step: int, rank: int
     key_mask = losses.sample_key_mask(B_all * V, T, config.mask_ratio, g)
     positions = losses.sample_positions(T, config.positions, g)
 
-    mine = slice(rank * B_all // world, (rank + 1) * B_all // world)
+    B = B_all // world
+    mine = slice(rank * B, (rank + 1) * B)
     tokens = torch.from_numpy(cache.tokens[images[mine, None], crops[mine]].astype(np.int64))  # (B, V, T)
     null = len(cache.meta["classes"])
     classes = torch.from_numpy(cache.labels[images[mine]]).masked_fill(dropped[mine], null)
@@ -297,11 +304,11 @@ class Objective(nn.Module):
                 terms["view"], log["acc_view"] = losses.view_loss(z, target, tau, own_start)
             log["acc_label"] = losses.label_accuracy(losses.gather_images(classes, dim=0))
         total = losses.total_loss(terms, self.config.alpha, self.config.beta)  # Eq. 8
-        return {"loss": total, **{f"loss_{name}": term for name, term in terms.items()}, **log}
+        return {"loss": total} | {f"loss_{name}": term for name, term in terms.items()} | log
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
-    """Linear warm-up, then constant (LlamaGen) or half a cosine down to 5 % (our choice)."""
+    """Constant (LlamaGen) or half a cosine down to 5 % (our choice); times a ramp while warming up."""
     rate = config.base_lr * config.batch / 256 * min(1, (step + 1) / max(config.warmup, 1))
     cosine = 0.05 + 0.95 * ((1 + math.cos(math.pi * step / steps)) / 2)
     return rate if config.schedule == "constant" else rate * cosine
@@ -347,7 +354,8 @@ class Run(NamedTuple):
 def refuse_used_folder(config: Config) -> None:
     """Raise ValueError or OSError if a new run cannot be written to its folder."""
     if any((config.folder / name).exists() for name in ("checkpoint.pt", "previous.pt", "metrics.jsonl")):
-        raise ValueError(f"{config.folder} exists; go on with it (--resume) or choose another --name.")
+        raise ValueError(f"{config.folder} exists; go on with it (--resume), delete it or choose another "
+                         "--name.")
     tokenizer.check_output(config.folder / "checkpoint.pt")
 
 
@@ -378,10 +386,10 @@ def resumed_config(config: Config, given: dict, checkpoint: dict) -> Config:
         if getattr(saved, name) != given[name]:
             raise ValueError(f"{folder} has {name} = {getattr(saved, name)}, not {given[name]}; choose "
                              "another --name for new settings.")
-    if (folder / "tokenizer.pt").exists():
-        saved.tokenizer = str(folder / "tokenizer.pt")
-    made = {"tokenizer": saved.tokenizer} if given.get("tokenizer") in ("shipped", "train") else {}
-    saved = replace(saved, **given | made)
+    saved = replace(saved, **given)
+    if given.get("tokenizer") in (None, "shipped", "train"):  # made already
+        own = folder / "tokenizer.pt"
+        saved.tokenizer = str(own) if own.exists() else begun["tokenizer"]
     vq = tokenizer.load_tokenizer(saved.tokenizer)
     if tokenizer.fingerprint(vq) != checkpoint["data"].get("tokenizer"):
         raise ValueError(f"{saved.tokenizer} is not the tokenizer that {folder} was trained with; name that "
@@ -424,8 +432,9 @@ def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
         init = load_model(config.init, image_size=config.image_size)[0]
     found = tokenizer.prepare(config, device, store)
     cache = found.train
-    config = replace(config, data=found.data, subset=found.subset, tokenizer=found.tokenizer,
-                     name=config.name + found.suffix)
+    config = replace(config, data=found.data, subset=found.subset, tokenizer=found.tokenizer)
+    if not resume:
+        config.name += found.suffix
     check_data(config, cache, checkpoint)
     if rank == 0 and not resume:
         held.enter_context(tokenizer.locked(config.folder))
@@ -529,7 +538,8 @@ def summarise(run: Run, history: list[dict], done: int, stop: bool) -> tuple[dic
     if run.world > 1:
         dist.all_reduce(values)
         dist.all_reduce(stops)
-    for step, name in (~values.isfinite()).nonzero().tolist():
+    if bad := (~values.isfinite()).nonzero().tolist():
+        step, name = bad[0]
         raise diverged(run, f"{names[name]} of step {first + step}")
     sums = sum(values).tolist()
     return {name: total / len(history) / run.world for name, total in zip(names, sums)}, stops.item() > 0
@@ -542,7 +552,10 @@ def diverged(run: Run, what: str) -> ValueError:
 
 
 def save(run: Run, step: int) -> None:
-    """Write checkpoint.pt, all that --resume and the other scripts need, then samples/<step>.png."""
+    """Write checkpoint.pt, all that --resume and the other scripts need, then samples/<step>.png.
+
+    The checkpoint before it is kept as previous.pt.
+    """
     config, student, path = run.config, run.objective.student, run.config.folder / "checkpoint.pt"
     content = {
         "model": student.state_dict(), "ema": run.objective.teacher.state_dict(),
@@ -566,7 +579,8 @@ def open_folder(run: Run) -> None:
     Raises ValueError if a line of metrics.jsonl is damaged.
     """
     folder, metrics, kept = run.config.folder, run.config.folder / "metrics.jsonl", []
-    for text in metrics.read_text(errors="replace").splitlines(keepends=True) if metrics.exists() else []:
+    before = metrics.read_text(errors="replace") if metrics.exists() else ""
+    for text in before.splitlines(keepends=True):
         try:
             if text.endswith("\n") and json.loads(text)["step"] <= run.start:  # a kill may leave half a line
                 kept.append(text)
@@ -603,7 +617,8 @@ def train(run: Run, caught: list[int]) -> None:
         open_folder(run)
     tokens_per_step = config.batch * config.views * run.cache.tokens.shape[2]
     bar = tqdm(batches(run), config.name, run.steps, initial=run.start, disable=run.rank != 0)
-    history, done, stop = [], run.start, False  # what the steps since the last line logged
+    history = []  # what the steps since the last line logged
+    done, stop = run.start, False
     for batch in bar:
         history.append(train_step(run, forward, batch, done))
         done += 1
@@ -642,12 +657,12 @@ def train(run: Run, caught: list[int]) -> None:
     if run.rank == 0 and done == run.steps:
         print(f"Done: {config.folder}/ holds checkpoint.pt, metrics.jsonl and the pictures.")
     elif run.rank == 0:
-        print(f"Saved after step {done}. To go on: python train.py --resume --name {config.name}")
+        print(f"Saved after step {done}. To go on: train.py --resume --name {config.name}")
     if done < run.steps:
         sys.exit(130)  # as for Ctrl-C
 
 
-@tokenizer.enough_memory("raise --accumulate, or lower --batch, --image-size or --model")
+@tokenizer.enough_memory("raise --accumulate in a new run, or lower --batch, --image-size or --model")
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`, by default the process's own.
 
@@ -656,8 +671,8 @@ def main(argv: list[str] | None = None) -> None:
     with ExitStack() as held:
         run = set_up(*parse_arguments(argv), held)
         caught = []  # a signal is noted, and obeyed between two steps
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, lambda number, frame: caught.append(number))
+        handlers = {kind: signal.signal(kind, lambda number, frame: caught.append(number))
+                    for kind in (signal.SIGINT, signal.SIGTERM)}
         try:
             train(run, caught)
         except RuntimeError:
@@ -667,6 +682,9 @@ def main(argv: list[str] | None = None) -> None:
                     raise ConnectionError("another process of this run died; --resume goes on from the last "
                                           f"checkpoint in {run.config.folder}.") from None
             raise
+        finally:
+            for kind, handler in handlers.items():
+                signal.signal(kind, handler)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -677,5 +695,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:  # before the first step
-        print("Stopped. The same command goes on; only an unfinished tokenizer begins again.")
+        print("Stopped. The same command goes on; an unfinished download or tokenizer begins again.")
         sys.exit(130)
