@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# results/runs.jsonl -> results/README.md, the tables in README.md, assets/{probe,guidance,lengths,sweeps}.png
+# results/runs.jsonl -> results/README.md, the tables in README.md, assets/{probe,guidance,lengths,sweeps,distance}.png
 #
 #     bash results/table.sh
 #
@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import scipy.stats
+import torch
 from PIL import Image
 
+import probe
 import sample
 
 LOSSES = {"ar": "AR", "mim": "+ MIM", "mim-step": "+ MIM + step", "mim-view": "+ MIM + view",
@@ -195,7 +197,7 @@ for size in ("nano", "tiny"):
     text += [table(rows, brief, f"`{size}`, AR")]
 gpu = {name: runs[GPU, GPU_PREFIX + v] for v, name in LOSSES.items() if (GPU, GPU_PREFIX + v) in runs}
 text += ["## All of Tiny ImageNet on a GPU: the preset `tiny` as it is",
-         """200 classes, 5.6M parameters, 9,750 steps of 512 images x 2 crops (50 epochs) in bfloat16 on an
+         """200 classes, 5.7M parameters, 9,750 steps of 512 images x 2 crops (50 epochs) in bfloat16 on an
 H200, on which four runs trained at once; alone it trains 3.8 million tokens a second. 10,000 samples per guidance
 scale, 10,000 held-out images. The classifier had 12,000 steps, because there are ten times the classes: these do not
 compare with those of twenty. The probe learns from 10,000 training images; chance is 0.5. Of the run with r = 0.1 the
@@ -236,7 +238,7 @@ SHORT = {"probe, last step": brief["last step"], "class agreement": (score("clas
          "FD-c, cfg 1.5": (score("FD-c", 1.5), 2), "held-out loss": (brief["held-out loss"][0], 2)}
 short = ["| AR → ST-AR | " + " | ".join(SHORT) + " |", "|---" * (len(SHORT) + 1) + "|"]
 for title, ar, star in (
-        ("All of Tiny ImageNet: 200 classes, 5.6M parameters, 50 epochs on a GPU, two seeds", gpu[AR], gpu[ALL]),
+        ("All of Tiny ImageNet: 200 classes, 5.7M parameters, 50 epochs on a GPU, two seeds", gpu[AR], gpu[ALL]),
         ("Twenty classes: 0.64M parameters, 51 epochs on a CPU, three seeds", runs[LONG, "ar"], runs[LONG, "all"])):
     means = [[f"{np.mean([value(line) for line in seeds.values()]):.{decimals}f}" for seeds in (ar, star)]
              for value, decimals in SHORT.values()]
@@ -275,6 +277,16 @@ for title, rows in FIFTY_EPOCHS.items():
     lines["real images"] = [(100 * real_row["class agreement"], real_row["FD-c"])]
     panels.append(sample.line_plot(lines, title, "class agreement, %", "FD-c", width=480, height=300))
 sample.save_image("assets/guidance.png", Image.fromarray(np.concatenate(panels, 1)))
+
+panels = []
+evenly = torch.ones(64, 64).tril() / torch.arange(1, 65)[:, None]  # attention spread over all that a query can see
+even = probe.attention_numbers(evenly[None], 8)["distance"][0]
+for title, rows in FIFTY_EPOCHS.items():
+    lines = {name: list(enumerate(np.mean([line["attention"]["distance"] for line in seeds.values()], 0), 1))
+             for name, seeds in rows.items()}
+    lines["spread evenly"] = [(n, even) for n, _ in lines["AR"]]
+    panels.append(sample.line_plot(lines, title, "layer", "tokens away", width=480, height=300))
+sample.save_image("assets/distance.png", Image.fromarray(np.concatenate(panels, 1)))
 
 last, loss, free, guided_15 = (brief[name][0] for name in (
     "last step", "held-out loss", "FD-c, cfg 1", "FD-c, cfg 1.5"))
