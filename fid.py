@@ -31,8 +31,7 @@ import json
 import sys
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -46,9 +45,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tokenizer import (IMAGE_SUFFIXES, ImageSet, VQModel, center_crop, check_finite, check_output,
-                       choose_device, decode_image, digest, enough_memory, fingerprint, list_files,
-                       load_tokenizer, open_images, rank_and_world, read_pixels, read_weights,
+from tokenizer import (ImageSet, VQModel, center_crop, check_finite, check_output, choose_device,
+                       decode_image, digest, enough_memory, fingerprint, is_image, list_files,
+                       load_tokenizer, open_images, rank_and_world, read_ahead, read_pixels, read_weights,
                        telling, to_float, to_uint8, within, write_file)
 
 # ---- Images: sets of files, and what the tokenizer keeps of them -------------------------------------------
@@ -75,7 +74,7 @@ def all_images(source: str | Path) -> ImageSet:
     if not Path(source).exists():
         raise FileNotFoundError(f"{source} does not exist; a folder, a zip or an .npz of images is needed.")
     files, read_bytes = list_files(Path(source))
-    names = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES))
+    names = sorted(filter(is_image, files))
     if len(names) < MIN_IMAGES:
         raise ValueError(f"{source} holds {len(names)} images; at least {MIN_IMAGES} are needed.")
     return _strict(ImageSet(str(source), "", names, np.zeros(len(names), np.int64), [],
@@ -103,8 +102,8 @@ def pick(images: ImageSet, rows: np.ndarray) -> ImageSet:
 def mixed(images: ImageSet) -> ImageSet:
     """The same images in a fixed random order.
 
-    Inception Scores are taken over 5,000 images after another: in the order of their folders those would
-    be images of a few classes.
+    Inception Scores are taken over runs of 5,000 consecutive images: in the order of their folders those
+    would be images of a few classes.
     """
     return pick(images, np.random.default_rng(0).permutation(len(images)))
 
@@ -180,7 +179,8 @@ def image_side(images: ImageSet, size: int | None = None) -> Side:
     def pixels(image):
         if not size and image.size[::-1] != shape:
             raise ValueError(f"{images.source} holds images of different sizes ({shape[1]} x {shape[0]} and "
-                             f"{image.width} x {image.height}); --image-size N crops the real ones to N px.")
+                             f"{image.width} x {image.height}); make them equal (--image-size N does it for "
+                             "--real).")
         return np.asarray(center_crop(image, size) if size else image)
 
     def batches(batch):
@@ -293,7 +293,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     if np.shape(mu1) != np.shape(mu2) or np.shape(sigma1) != np.shape(sigma2):
         raise ValueError(f"statistics of {np.size(mu1)} and of {np.size(mu2)} features do not compare.")
     M = _factor(sigma1).T @ _factor(sigma2)  # (rank 1, rank 2)
-    M = M if M.shape[0] <= M.shape[1] else M.T  # the smaller Gram matrix has no null space
+    M = M if M.shape[0] <= M.shape[1] else M.T  # the larger Gram matrix would only add zeros
     trace = np.sqrt(np.linalg.eigvalsh(M @ M.T).clip(0)).sum()
     difference = np.asarray(mu1, np.float64) - np.asarray(mu2, np.float64)
     return float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
@@ -334,8 +334,8 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3, block: int 
     """Share of fakes (N2, D) in the reals' manifold, of reals (N1, D) in the fakes' (Kynkaanniemi et al.).
 
     A manifold is the union of balls around its samples that reach to their k-th neighbour, themselves not
-    counted. Exact in float64, where ADM's code rounds to float16; `block` rows of distances at a time, 8
-    block max(N) bytes. Raises ValueError if a side has k images or fewer.
+    counted. Exact in float64, where ADM's code rounds to float16; `block` rows of distances at a time, which
+    take 8 block max(N1, N2) bytes. Raises ValueError if a side has k images or fewer.
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"precision and recall with k = {k} need more than {k} images on both sides.")
@@ -442,16 +442,6 @@ def feature_statistics(side: Side, extract: Callable[[np.ndarray], Features], ba
     return Statistics(side.statistics or moments, np.concatenate(features), float(np.mean(scores)), agreement)
 
 
-def read_ahead(batches: Iterable) -> Iterator:
-    """The items of `batches`; the next one is read in a thread while the caller works on this one."""
-    items = iter(batches)
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = pool.submit(next, items, None)
-            yield item
-
-
 def compare(real: Statistics, fake: Statistics, suffix: str = "") -> dict[str, float | None]:
     """The row of a table; None where a side lacks what a measure needs. `suffix` "-c": of a classifier."""
     def frechet(mean, covariance):
@@ -495,7 +485,8 @@ class ConvNorm(nn.Module):
 class Mixed(nn.Module):
     """Chains of convolutions side by side, then a pooled one; outputs are concatenated in this order.
 
-    A chain is a list of (name, width, kernel[, stride]), or of a pair of these where the chain forks. The
+    A chain is a list of steps (name, width, kernel[, stride]); its last one may be a pair that both read the
+    same input. The
     pooled one is "avg" or "max" followed by a 1 x 1 convolution to `width`, or "halve", a strided max alone,
     with width 0.
     """
@@ -616,7 +607,8 @@ def load_inception(weights: str | None, cache: str | Path, resize: str = "adm",
                    device: torch.device | str = "cpu") -> tuple[InceptionV3, str]:
     """InceptionV3 with the weights in a file (by default downloaded once to `cache`), and its protocol line.
 
-    Raises ValueError if the download fails, or if the file is truncated or of another network.
+    Raises ValueError if the download fails, or if the file is truncated or of another network, and
+    FileNotFoundError or OSError if there is no such file or it cannot be written.
     """
     path = Path(weights or Path(cache) / INCEPTION_URL.rsplit("/", 1)[1])
     if not weights and not path.exists():
@@ -647,7 +639,7 @@ def _download_inception(file) -> None:
                 sha.update(chunk)
                 bar.update(len(chunk))
     except OSError as error:
-        raise ValueError(f"{INCEPTION_URL} cannot be read ({error}); fetch it elsewhere and name it with "
+        raise ValueError(f"{INCEPTION_URL} cannot be fetched ({error}); fetch it elsewhere and name it with "
                          "--weights, or use --features classifier.") from error
     if sha.hexdigest() != INCEPTION_SHA256:
         raise ValueError(f"{INCEPTION_URL} sent something else (sha256 {sha.hexdigest()[:16]}); try again.")
@@ -813,7 +805,7 @@ def warning_lines(real: Side, fakes: list[Side], dims: int) -> list[str]:
     """Reasons to distrust or not to compare the numbers of a table, `dims` being the number of features."""
     lines = []
     for side in {side.fingerprint: side for side in (real, *fakes)}.values():
-        if side.count is not None and side.count < max(dims, 2048):
+        if side.count is not None and side.count < 2048:
             rank = "; the covariance is rank-deficient" if side.count <= dims else ""
             lines.append(f"warning: {side.name} has {side.count:,} images, under 2,048: the distance is "
                          f"biased upwards{rank}")
@@ -878,7 +870,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_npz(name: str) -> str:
-    """`name`, or name.npz if only that exists."""
+    """`name`, or name.npz if only that exists; ValueError if it is empty."""
+    if not name:
+        raise ValueError("--real or --fake is empty (a variable that is not set?); name a file or a folder.")
     if name in ("shapes", *REAL_ROWS) or Path(name).exists() or not Path(f"{name}.npz").is_file():
         return name
     return f"{name}.npz"
@@ -903,6 +897,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
                          "with --real a folder or a zip with one folder per class, or shapes.")
     if decoded and "reconstructions" in args.fake:
         raise ValueError("reconstructions cannot be fakes and the reference at once; leave one out.")
+    if args.split == "val" and "held-out" in args.fake:
+        raise ValueError("held-out is what --split val compares with; leave one of the two out.")
     reconstructions = decoded or "reconstructions" in args.fake
     if reconstructions and not args.vq:
         raise ValueError("reconstructions need a tokenizer; name its file or a run folder with --vq.")
@@ -922,7 +918,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
 
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise ValueError(f"--save-stats {args.save_stats}: call it {args.save_stats}.npz, as --real wants.")
-    inputs = {Path(name).resolve() for name in (args.real, *args.fake, args.weights, args.vq) if name}
+    inputs = [args.real, *args.fake, args.weights, args.subset, args.vq and tokenizer_file(args.vq)]
+    inputs = {Path(name).resolve() for name in inputs if name}
     for path in (args.save_stats, args.json):
         if path and Path(path).resolve() in inputs:
             raise ValueError(f"{path} is an input and would be overwritten; choose another name.")
@@ -942,7 +939,10 @@ class Opened(NamedTuple):
 
 
 def open_all(args: argparse.Namespace, device: torch.device) -> Opened:
-    """Open whatever the command line names; ValueError or OSError, in one sentence, if it does not fit."""
+    """Open whatever the command line names; ValueError or OSError, in one sentence, if it does not fit.
+
+    Whether each picture can be read, and has its set's size, is only found where it is.
+    """
     classifier = args.features == "classifier"
     samples = {name: open_samples(name) for name in args.fake if name not in REAL_ROWS}
     real, sets = None, {}
@@ -976,8 +976,8 @@ def common_size(sides: list[Side], asked: int | None) -> tuple[int, int] | None:
         names[asked, asked] = "--image-size"
     if len(names) > 1:
         told = ", ".join(f"{name} ({shape[1]} x {shape[0]})" for shape, name in names.items())
-        raise ValueError(f"images of different sizes do not compare: {told}; sample again at one size, or "
-                         "crop real ones with --image-size.")
+        raise ValueError(f"images of different sizes do not compare: {told}; sample again at one size; "
+                         "--image-size crops real ones that are no .npz.")
     return next(iter(names), None)
 
 
@@ -1092,3 +1092,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
         sys.exit(f"fid.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -203,6 +203,11 @@ def test_reader_layouts():
         write_images(root / "imagenet" / "val", each=3)
         assert len(tokenizer.open_images(root / "imagenet")) == 48
         assert len(tokenizer.open_images(root / "imagenet", "val")) == 12
+        (root / "plain").rename(root / "food_train")  # no folder named train
+        with zipfile.ZipFile(root / "food.zip", "w") as archive:
+            for path in (root / "food_train").rglob("*.png"):
+                archive.write(path, f"./{path.relative_to(root)}")  # as some programs write names
+        assert tokenizer.open_images(root / "food.zip").fingerprint == whole.fingerprint
         tiny = root / "tiny.zip"  # Tiny ImageNet's layout, inside one top folder
         with zipfile.ZipFile(tiny, "w") as archive:
             archive.writestr("t/wnids.txt", "n2\nn1\n")
@@ -227,6 +232,10 @@ def test_reader_refuses_in_one_sentence():
         refuses(ValueError, "holds 0 image", tokenizer.open_images, root)
         write_images(root / "one", classes=1, each=1)
         refuses(ValueError, "holds 1 image", tokenizer.open_images, root / "one")
+        write_images(root / "flat", classes=2)  # no classes, but a split
+        for number, split in enumerate(("train", "val")):
+            (root / "flat" / f"class{number}").rename(root / "flat" / split)
+        refuses(ValueError, "0 in class folders", tokenizer.open_images, root / "flat")
         (root / "half.zip").write_bytes(b"PK\x03\x04 and then the connection broke")
         refuses(ValueError, "half.zip zip", tokenizer.open_images, root / "half.zip")
         refuses(ValueError, "--data is empty", tokenizer.open_images, "")
@@ -508,7 +517,8 @@ def test_cache_shards_resumes_and_refuses():
         for _ in range(2):
             left = sorted(path.name for path in (folder / "two").glob("[!.]*"))
             assert left == ["labels.npy", "meta.json", "tokens.npy"]
-            (folder / "two" / "parts-0" / "a folder").mkdir(parents=True)  # as a kill after meta.json leaves
+            left = folder / "two" / f"parts-{'0' * 16}" / "a folder"  # as a kill after meta.json leaves
+            left.mkdir(parents=True)
             tokenizer.build_cache(folder / "two", images, vq, 16, (1.1,))
         refuses(ValueError, "image_size 16 12", tokenizer.build_cache, folder / "two", images, vq, 12, (1.1,))
         refuses(ValueError, "18 multiple 4", tokenizer.build_cache, folder / "x", images, vq, 18, (1.1,))
@@ -2419,6 +2429,8 @@ def test_fid_refuses_what_it_cannot_compare():
     refuses_all(fid.main, """
         --real                       | --fake eight.npz
         nothing to do                | --real images
+        --fake is empty              | --real images --fake=
+        --fake is empty              | --real= --fake eight.npz
         held-out .npz                | --real eight.npz --fake held-out
         classifier eight.npz         | --real eight.npz --fake eight.npz --features classifier
         --image-size only            | --real eight.npz --fake eight.npz --image-size 8
@@ -2471,7 +2483,9 @@ def test_fid_refuses_settings_and_files():
         at least 4                   | --fake three.npz
         a.npz                        | --fake a.npz
         eight.npz overwritten        | --fake eight.npz --json eight.npz
+        two.txt overwritten          | --fake eight.npz --subset two.txt --json two.txt
         json s.npz                   | --fake eight.npz --save-stats s.npz --json s.npz
+        held-out --split val         | --fake held-out --split val
         no folder that you           | --fake eight.npz --json eight.npz/x
         nothing is a folder          | --fake eight.npz --json nothing
         null is a folder or a device | --fake eight.npz --json /dev/null

@@ -30,7 +30,7 @@ import time
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -137,7 +137,7 @@ def _is_running(process: str) -> bool:
         os.kill(int(process), 0)  # signal 0 only asks
     except ProcessLookupError:
         return False
-    except (OSError, ValueError):  # it is somebody else's, or no number
+    except (OSError, ValueError, OverflowError):  # it is somebody else's, or no number of a process
         pass
     return True
 
@@ -163,7 +163,8 @@ def write_file(path: str | Path, write: Callable) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise OSError(f"cannot write {path} ({error}); free some space or choose another place.") from error
+        raise OSError(f"cannot write {path} ({error}); try again, free some space or choose another "
+                      "place.") from error
 
 
 def check_output(path: str | Path) -> None:
@@ -380,7 +381,8 @@ def _by_class(files, table: Callable) -> tuple[dict[str, str], dict[str, str]]:
 
     training = below("train/")
     if not training:
-        return below(""), {}
+        classes = below("")
+        return {} if {folder.lower() for folder in classes.values()} <= {"train", "val"} else classes, {}
     annotations = {f"val/images/{row[0]}": row[1] for row in table("val/val_annotations.txt")}
     return training, annotations or below("val/")
 
@@ -403,7 +405,7 @@ def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[
 
     Folders around everything are left out of the names; hidden files and __MACOSX are left out altogether.
     our choice: a picture replaced by another is noticed by its CRC, as times change when data are copied. A
-    zip knows them; of folders up to a gigabyte the images are read for them, in larger ones they are None.
+    zip stores CRCs; in folders up to a gigabyte those of images are computed, else they are None.
     Raises FileNotFoundError, OSError or ValueError, as does the function, for what cannot be read.
     """
     if path.is_dir():
@@ -426,6 +428,8 @@ def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[
                 raise ValueError(f"{files[name][0]:,} bytes are too many")
             return get(top + name)
         except Exception as error:  # likewise: encrypted, an unknown method, wrong checksums, no permission
+            if _is_memory(error):
+                raise
             if not path.exists():  # the disk is gone, not one image, which could be skipped
                 raise FileNotFoundError(f"{path} is there no longer; put it back and try again.") from None
             reason = str(error) or type(error).__name__
@@ -473,7 +477,7 @@ def _checksum(path: Path) -> int | None:
 
 def _hidden(name: str) -> bool:
     """Of no interest: .ipynb_checkpoints, __MACOSX and their like."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return any(part.startswith(".") and part != "." or part == "__MACOSX" for part in name.split("/"))
 
 
 def _top_folder(images: list[str]) -> str:
@@ -481,7 +485,8 @@ def _top_folder(images: list[str]) -> str:
     top = ""
     while len(heads := {name[len(top):].split("/")[0] for name in images}) == 1:
         inner = f"{top}{heads.pop()}/"
-        if inner.lower().endswith(("train/", "val/")) or not any("/" in name[len(inner):] for name in images):
+        split = inner.lower().split("/")[-2] in ("train", "val")
+        if split or not any("/" in name[len(inner):] for name in images):
             break
         top = inner
     return top
@@ -518,7 +523,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         if max(image.size) > 100 * min(image.size):
             raise ValueError("a strip")
         return image.convert("RGB")
-    except Exception:  # what a damaged file makes Pillow raise has no end
+    except Exception as error:  # what a damaged file makes Pillow raise has no end
+        if _is_memory(error):
+            raise
         raise ValueError(f"{name} is not a readable image; remove or replace it (train.py and tokenizer.py "
                          "leave such images out with --skip-corrupt).") from None
 
@@ -572,7 +579,7 @@ def _shapes(split: str) -> ImageSet:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Shrink so that the shorter side is `size`, then cut the central (size, size) square (ADM, LlamaGen)."""
+    """Resize so that the shorter side is `size`, then cut the central (size, size) square (ADM, LlamaGen)."""
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), Image.BOX)
     scale = size / min(image.size)
@@ -618,17 +625,14 @@ def read_pixels(images: ImageSet, indices, transform: Callable,
         return list(pool.map(read, indices))
 
 
-def read_ahead(images: ImageSet, groups: list[range], transform: Callable,
-               skip_corrupt: bool) -> Iterator[list[np.ndarray | None]]:
-    """`read_pixels` of one group of indices after the other; while one is used, the next is being read."""
+def read_ahead(batches: Iterable) -> Iterator:
+    """The items of `batches`; the next one is read in a thread while the caller works on this one."""
+    items = iter(batches)
     with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for group in groups:
-            current, coming = coming, pool.submit(read_pixels, images, group, transform, skip_corrupt)
-            if current:
-                yield current.result()
-        if coming:
-            yield coming.result()
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -875,9 +879,9 @@ class VQModel(nn.Module):
         return self.decoder(self.post_quant_conv(z_q)), indices, loss
 
 
-def save_tokenizer(path: str | Path, vq: VQModel, **extra) -> None:
-    """Write the tokenizer, its config and `extra` (plain values) to `path`."""
-    content = {"model": vq.state_dict(), "vq_config": asdict(vq.config), **extra}
+def save_tokenizer(path: str | Path, vq: VQModel) -> None:
+    """Write the tokenizer and its config to `path`."""
+    content = {"model": vq.state_dict(), "vq_config": asdict(vq.config)}
     write_file(path, lambda file: torch.save(content, file))
 
 
@@ -887,8 +891,8 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
     Raises FileNotFoundError or ValueError, in one sentence, if `path` is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no tokenizer at {path}; name another, or train one: python tokenizer.py "
-                                f"train --out {path}")
+        raise FileNotFoundError(f"no tokenizer at {path}; name a file, such as a run's tokenizer.pt, or "
+                                "train one: python tokenizer.py train")
     content = read_weights(path)
     state = content.get("model")
     if not isinstance(state, dict):
@@ -907,11 +911,11 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
 
 def fingerprint(module: nn.Module) -> str:
     """16 hex digits over the weights of a tokenizer or any other module."""
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if name != "quantize.codebook_used":  # a statistic of LlamaGen's training, no weight
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+            sha.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 # ---- Training the tokenizer --------------------------------------------------------------------------------
@@ -1057,7 +1061,8 @@ def find_tokenizer(settings, images: ImageSet, device) -> Path:
     path = Path(settings.cache) / f"tokenizer-{Path(images.source).stem}-{size}px-{key}.pt"
     if not path.exists():
         vq = train_tokenizer(images, size, config, steps, device=device, skip_corrupt=settings.skip_corrupt)
-        save_tokenizer(path, vq)
+        if not path.exists():  # another run may have come first: both then use its tokenizer
+            save_tokenizer(path, vq)
     return path
 
 
@@ -1066,7 +1071,7 @@ def evaluate_tokenizer(vq: VQModel, pixels: torch.Tensor, batch: int = 100) -> d
     """On uint8 (N, S, S, 3): PSNR in dB, averaged over images; share of codes used; perplexity exp(H)."""
     device = next(vq.parameters()).device
     psnr, counts = 0.0, torch.zeros(vq.config.codebook_size)
-    for chunk in pixels.split(batch):
+    for chunk in pixels.split(min(batch, max(AT_A_TIME // pixels.shape[1] ** 2, 1))):
         x = to_float(chunk.to(device))
         codes = vq.encode(x)
         error = ((vq.decode(codes).clamp(-1, 1) - x) / 2).square().flatten(1).mean(1)  # (B,); in [0, 1]
@@ -1091,7 +1096,7 @@ def held_out_pixels(images: ImageSet, size: int, count: int, skip_corrupt: bool 
 
 
 def print_quality(path: str | Path, vq: VQModel, settings) -> None:
-    """One line about the tokenizer at `path` on at most 1000 held-out images; `settings` as below."""
+    """One line about the tokenizer at `path` on at most 1000 held-out images; `settings`: as `prepare`."""
     check_image_size(settings.image_size, vq.config)
     images = open_images(settings.data, "val", settings.subset)
     pixels = held_out_pixels(images, settings.image_size, 1000, settings.skip_corrupt)
@@ -1102,8 +1107,8 @@ def print_quality(path: str | Path, vq: VQModel, settings) -> None:
 
 # ---- The token cache: tokens.npy uint16 (N, V, T), labels.npy int64 (N,), meta.json ------------------------
 
-CHUNK = 1000  # images per part file: what a killed encoding loses at most
-AT_A_TIME = 2 ** 20  # pixels that go through the encoder together
+CHUNK = 1000  # images per part file: what each process of a killed encoding loses at most
+AT_A_TIME = 2 ** 20  # pixels that go through the tokenizer together
 READ_AHEAD = 2 ** 25  # bytes of crops that wait for it
 UNREADABLE = 65535  # fills the row of an image left out by --skip-corrupt; its label becomes -1
 
@@ -1191,7 +1196,7 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
 
     Under torchrun (RANK, WORLD_SIZE) each process encodes every WORLD_SIZE-th chunk of images into a part
     file, and rank 0 waits for all parts, joins them and writes meta.json last. No process group is needed.
-    A killed encoding goes on where it was, with any number of processes. Memory: some 400 MB.
+    A killed encoding goes on where it was, with any number of processes. Memory: some 400 MB at 256 px.
     Raises ValueError as `load_cache` and `read_pixels` do, if codes and image size do not fit, or if another
     job encodes into `folder` now.
     """
@@ -1220,15 +1225,16 @@ def _encode(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...],
             skip_corrupt: bool) -> None:
     """Write the part files: {index of a part's first image: file}."""
     blank = np.zeros((max(10 * len(ratios), 1), size, size, 3), np.uint8)  # (V, S, S, 3)
-    crops = max(AT_A_TIME // size ** 2, 1)
-    few = crops // math.gcd(crops, len(blank))  # images whose crops fill whole batches of the encoder
+    per_pass = max(AT_A_TIME // size ** 2, 1)  # crops that the encoder takes at once
+    few = per_pass // math.gcd(per_pass, len(blank))  # images whose crops fill whole passes
     count = min(few * max(READ_AHEAD // (few * blank.nbytes), 1), CHUNK)  # images at a time
-    groups, last = [], {}
+    groups, last = [], {}  # last: {end of a part: its start}
     for start in parts:
         stop = min(start + CHUNK, len(images))
         groups += [range(i, min(i + count, stop)) for i in range(start, stop, count)]
         last[stop] = start
-    pieces = read_ahead(images, groups, lambda image: views(image, size, ratios), skip_corrupt)
+    pieces = read_ahead(read_pixels(images, group, lambda image: views(image, size, ratios), skip_corrupt)
+                        for group in groups)
     bar = tqdm(total=sum(map(len, groups)), desc=f"encoding {Path(images.source).name} {images.split}",
                disable=rank_and_world()[0] != 0 or not groups, unit="image")
     codes = []
@@ -1263,6 +1269,7 @@ def _join(folder: Path, parts: dict[int, Path], labels: np.ndarray, meta: dict) 
 
     write_file(folder / "tokens.npy", write)
     if (labels < 0).all():
+        _remove_parts(folder)  # or mended files would not be read
         raise ValueError(f"none of the {len(labels)} images for {folder} can be read; get them again.")
     write_file(folder / "labels.npy", lambda file: np.save(file, labels))
     checksums = {name: _checksum(folder / name) for name in ("tokens.npy", "labels.npy")}
@@ -1272,7 +1279,7 @@ def _join(folder: Path, parts: dict[int, Path], labels: np.ndarray, meta: dict) 
 
 
 def _remove_parts(folder: Path) -> None:
-    for left in folder.glob("parts-*"):
+    for left in folder.glob("parts-" + "[0-9a-f]" * 16):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -1337,6 +1344,8 @@ def prepare(settings, device: torch.device, store) -> Prepared:
         build_cache(folder, images, vq, settings.image_size, ratios, settings.skip_corrupt)
         barrier(split)
         caches.append(load_cache(folder, meta))
+        if rank == 0 and (bad := int((caches[-1].labels < 0).sum())):
+            print(f"{bad:,} {split} images are left out, which could not be read (--skip-corrupt).")
     return Prepared(data, subset, path, suffix, vq, *caches)
 
 
@@ -1368,12 +1377,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@enough_memory("lower --batch or --image-size")
+@enough_memory("lower --image-size, or --batch in training")
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; None: this process's own. Raises ValueError or OSError for a user's mistake."""
     args = parse_arguments(argv)
     device, first = choose_device(args.device), rank_and_world()[0] == 0
     if args.command == "train":
+        if not first:
+            return  # under torchrun one process trains
         check_output(args.out)
         if Path(args.out).resolve() in (Path(args.data).resolve(), Path(args.subset).resolve()):
             raise ValueError(f"{args.out} is an input and would be overwritten; choose another name.")
