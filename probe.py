@@ -64,9 +64,9 @@ def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> 
     """
     trained = sample.open_trained(path, args.vq, args.ema, args.image_size, device)
     name, model, vq, config = trained.name, trained.model, trained.vq, trained.config
-    data = args.data or config.get("data")
-    subset = args.subset or config.get("subset", "")
-    if not data:
+    data = config.get("data") if args.data is None else args.data
+    subset = config.get("subset", "") if args.subset is None else args.subset
+    if data is None:
         raise ValueError(f"{path} does not name its images; add --data.")
     size = model.config.grid * vq.config.downsample
     ratios = tuple(config.get("crop_ratios", (1.1,)))
@@ -74,14 +74,12 @@ def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> 
     caches = []
     for split, crops in (("train", ratios), ("val", ())):
         images = tokenizer.open_images(data, split, subset)
-        if not len(images):
-            raise ValueError(f"{data} has no labelled validation images.")
         meta = tokenizer.cache_meta(images, vq, size, crops)
         known = trained.data if split == "train" else {}
-        for key in meta.keys() & known.keys() - {"source"}:  # where the images lie does not matter
-            if meta[key] != known[key]:
+        for key, value in meta.items():  # where the images lie is not among them
+            if value != known.get(key, value):
                 raise ValueError(f"{path} was trained with {key} {str(known[key])[:40]}; {data} has "
-                                 f"{str(meta[key])[:50]}: they do not fit.")
+                                 f"{str(value)[:50]}: they do not fit.")
         folder = tokenizer.cache_folder(args.cache or config.get("cache", "cache"), meta)
         tokenizer.build_cache(folder, images, vq, size, crops, skip_corrupt)
         caches.append(tokenizer.load_cache(folder, meta))
@@ -216,6 +214,7 @@ def fit(features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, settin
         for i, chunk in enumerate(order.tensor_split(batches)):
             logits = probes(features[chunk].to(device).float())
             target = labels[chunk].to(device)[None, :, None].expand(logits.shape[:3])
+            # a sum over probes, whose gradients do not depend on each other, of means over images
             loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="sum") / len(chunk)
             fall = 0.5 + 0.5 * math.cos(math.pi * (epoch + i / batches) / EPOCHS)
             for w, v, gradient in zip(weights, speeds, torch.autograd.grad(loss, weights)):
@@ -347,15 +346,16 @@ def crops_and_codes(subject: Subject, rows: np.ndarray) -> tuple[np.ndarray, np.
     crops = tokenizer.read_pixels(subject.images, rows.tolist(), cut, subject.skip_corrupt)
     pixels = np.stack([crop for crop in crops if crop is not None])
     chunks = torch.from_numpy(pixels).flatten(0, 1).split(16)
-    codes = torch.cat([subject.vq.encode(tokenizer.to_float(chunk.to(device))).cpu() for chunk in chunks])
+    with tokenizer.full_precision():  # as the caches were made
+        codes = torch.cat([subject.vq.encode(tokenizer.to_float(chunk.to(device))).cpu() for chunk in chunks])
     return pixels, codes.numpy().reshape(*pixels.shape[:2], -1)
 
 
 def consistency(features: torch.Tensor) -> dict[str, float]:
     """Mean cosine of features (N, 2, S, C) of two crops at eight steps: Observations 2 and 3 as numbers.
 
-    Between the steps of one crop; between two crops at one step; between different images at one step. The
-    last is what the others are to be compared with: all features share directions that say nothing about an
+    "steps": two steps of one crop; "crops": two crops at one step; "images": two images at one step. The last
+    is what the others are to be compared with: all features share directions that say nothing about an
     image.
     """
     h = F.normalize(features.float(), dim=-1)
@@ -477,7 +477,7 @@ def draw_attention(subjects: list[Subject], args: argparse.Namespace) -> Image.I
     """Figures 1a, 2, 5 and 7: where the current token looks, models side by side, by image and layer."""
     held_out = subjects[0].held_out
     T, grid = subjects[0].model.config.num_tokens, subjects[0].model.config.grid
-    steps = args.map_steps or [T * i // 4 for i in range(1, 5)]
+    steps = args.map_steps or [max(T * i // 4, 2) for i in range(1, 5)]
     rows = args.map_images or choose(held_out, 3, args.seed).tolist()
     if not all(2 <= s <= T for s in steps) or not all(0 <= row < len(held_out.tokens) for row in rows):
         raise ValueError(f"--map-steps lie in 2 ... {T}, --map-images in 0 ... {len(held_out.tokens) - 1}.")
@@ -541,13 +541,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("figures"), help="folder for the results")
     add("--layers", nargs="+", default=[], help="layers to probe, or: all (default: the contrast depth)")
     add("--train-images", type=within(int, 0), default=10_000, help="to learn the probe from; 0: all")
-    add("--crops", type=within(int, 1), default=2, help="of the ten crops of each of these images")
+    add("--crops", type=within(int, 1), default=2, help="crops of each of these images, of ten or twenty")
     add("--images", type=within(int, 2), default=200, help="held-out ones for the other numbers")
     add("--map-images", type=within(int, 0), nargs="+", help="held-out images to draw (default: three)")
     add("--map-steps", type=within(int, 2), nargs="+", help="steps to draw (default: four)")
     add("--map-layers", nargs="+", default=[], help="layers whose attention to draw, or: all")
     add("--data", help="folder or zip of images (default: the run's)")
-    add("--subset", help="file of class folders to keep, one a line (default: the run's)")
+    add("--subset", help="file of class folders to keep, one a line; '': all (default: the run's)")
     add("--skip-corrupt", action="store_true", help="leave bad images out, naming them")
     add("--vq", help="tokenizer file (default: the run's)")
     add("--cache", help="folder for token caches (default: the run's)")
@@ -558,12 +558,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@tokenizer.enough_memory("lower --train-images or --images")
+@tokenizer.enough_memory("lower --train-images or --images, or probe fewer --layers")
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run it.
 
     Raises ValueError or OSError, in one sentence, for a user's mistake.
     """
+    if tokenizer.rank_and_world()[0] > 0:
+        return  # one process does it all, as in fid.py
     args = parse_arguments(argv)
     tokenizer.check_output(args.out / "probe.json")
     device = tokenizer.choose_device(args.device)
@@ -574,15 +576,15 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     pictures = {"attention": draw_attention(subjects, args)}
     results = {subject.name: measure(subject, args) for subject in subjects}
+    settings = {key: value for key, value in vars(args).items() if key not in ("runs", "out")}
+    settings |= {"epochs": EPOCHS, "batch": BATCH, "device": device.type}
+    text = json.dumps({"settings": settings, "runs": results}, indent=1).encode()
+    tokenizer.write_file(args.out / "probe.json", lambda file: file.write(text))
     pictures |= draw_probe(subjects, results) | draw_numbers(subjects, results)
     three = choose(subjects[0].held_out, 3, args.seed)
     pictures["codes"] = draw_codes(subjects[0], results[subjects[0].name]["codes_changed"], three)
     for name, picture in pictures.items():
         sample.save_image(args.out / f"{name}.png", picture)
-    settings = {key: value for key, value in vars(args).items() if key not in ("runs", "out")}
-    settings |= {"epochs": EPOCHS, "batch": BATCH, "device": device.type}
-    text = json.dumps({"settings": settings, "runs": results}, indent=1).encode()
-    tokenizer.write_file(args.out / "probe.json", lambda file: file.write(text))
     for subject in subjects:
         print(f"{subject.name}, {subject.origin['weights']} weights, layer {subject.depth}: step, top-1 %, "
               "95 % interval")
@@ -598,3 +600,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
         sys.exit(f"probe.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -122,7 +122,7 @@ def next_logits_as_graph(model: Transformer, classes: torch.Tensor,
     with torch.cuda.graph(graph):
         logits = decode(model, token, position, cache)
 
-    def replay(known, cache=cache):  # kept alive here: a graph only knows where its memory was
+    def replay(known, cache=cache):  # bound only to stay alive: a graph knows addresses, not tensors
         if known.shape[1] == 0:
             return first
         token.copy_(known[:, -1])
@@ -155,14 +155,15 @@ def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg
         logits = step(torch.cat([known, known]) if guided else known)
         if guided:
             conditional, unconditional = logits.chunk(2)
-            inside = cfg_interval < 0 or p < cfg_interval + 2
+            inside = cfg_interval < 0 or p < cfg_interval + 2  # LlamaGen counts from 0 at the second token
             logits = unconditional + (conditional - unconditional) * cfg if inside else conditional
         if temperature == 0:
             tokens[:, p] = logits.argmax(-1)
             continue
         logits = logits / max(temperature, 1e-5)  # LlamaGen's bound: no overflow
         probabilities = filter_logits(logits, top_k, top_p).softmax(-1)
-        # torch.multinomial's own draw, without its checks, for which the host would wait at every token
+        # argmax of p / Exp(1) is a draw from p; torch.multinomial does the same, after checks for which the
+        # host would wait at every token
         noise = torch.empty_like(probabilities).exponential_(generator=generator)
         tokens[:, p] = (probabilities / noise).argmax(-1)
     return tokens
@@ -261,11 +262,14 @@ def _write_around(image: Image.Image, frame: tuple[int, int, int, int], names: l
     """Title, legend and axis labels of a line plot whose axes are `frame`."""
     left, right, top, bottom = frame
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
+    room, small = right - left, font
+    while small.size > 8 and sum(small.getlength(name) + 24 for name in (title, *names)) > room:
+        small = ImageFont.load_default(small.size - 1)  # many or long names
     x = right
     for colour, name in reversed(list(zip(COLOURS * 4, names))):
-        x -= draw.textlength(name, font) + 24
-        draw.text((x, 66), name, colour, font, anchor="ls")
-    draw.text((left, 66), title, "black", font, anchor="ls")
+        x -= small.getlength(name) + 24
+        draw.text((x, 66), name, colour, small, anchor="ls")
+    draw.text((left, 66), title, "black", small, anchor="ls")
     draw.text(((left + right) / 2, image.height - 20), x_label, "black", font, anchor="ms")
     side = Image.new("L", (bottom - top, 40))
     ImageDraw.Draw(side).text(((bottom - top) / 2, 20), y_label, 255, font, anchor="mm")
@@ -289,7 +293,9 @@ def stacked(blocks: list[tuple[str, Image.Image]]) -> Image.Image:
 def reconstruction_grid(vq: tokenizer.VQModel, pixels: torch.Tensor) -> Image.Image:
     """uint8 (N, S, S, 3) -> a picture of pairs of rows: ten originals, and below them what the codes keep."""
     device = next(vq.parameters()).device
-    again = tokenizer.to_uint8(vq.decode(vq.encode(tokenizer.to_float(pixels.to(device))))).cpu()
+    with tokenizer.full_precision():
+        codes = vq.encode(tokenizer.to_float(pixels.to(device)))
+    again = tokenizer.to_uint8(vq.decode(codes)).cpu()
     pairs = [half for a, b in zip(pixels.split(10), again.split(10)) for half in (a, b)]
     return image_grid(torch.cat(pairs).numpy(), min(10, len(pixels)))
 
@@ -361,6 +367,12 @@ def mixed_labels(count: int, num_classes: int) -> torch.Tensor:
     return torch.cat(blocks)[:count]
 
 
+def read_part(path: Path) -> np.ndarray:
+    """Images that `save_npz` wrote; a damaged file is deleted, and ValueError says so."""
+    with tokenizer.deleting(path):
+        return np.load(path)
+
+
 def save_npz(path: Path, model: Transformer, vq: tokenizer.VQModel, names: list[str], count: int, batch: int,
              seed: int, protocol: dict, decode: Callable | None = None, **settings) -> None:
     """Write `count` images in the order of `mixed_labels` to an .npz in ADM's layout.
@@ -391,10 +403,10 @@ def save_npz(path: Path, model: Transformer, vq: tokenizer.VQModel, names: list[
         if rank == 0:
             while not all(part.exists() for part in parts):
                 time.sleep(0.2)
-            images = np.concatenate([np.load(part) for part in parts])
+            images = np.concatenate([read_part(part) for part in parts])
             arrays = dict(arr_0=images, arr_1=labels.numpy(), classes=np.array(names), protocol=protocol)
             tokenizer.write_file(path, lambda file: np.savez(file, **arrays))
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # network disks keep a locked file until it is closed
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
@@ -415,7 +427,7 @@ def open_trained(path: Path, vq_path: str | Path | None, ema: bool, image_size: 
 
     Raises FileNotFoundError or ValueError, in one sentence, if they are missing or do not belong together.
     """
-    file = path / "checkpoint.pt" if path.is_dir() or not path.suffix else path
+    file = path / "checkpoint.pt" if path.is_dir() or not (path.suffix or path.exists()) else path
     model, rest = load_model(file, ema, image_size, device)
     config, data, copy = rest.get("config", {}), rest.get("data", {}), file.with_name("tokenizer.pt")
     if not vq_path and config:
@@ -429,7 +441,7 @@ def open_trained(path: Path, vq_path: str | Path | None, ema: bool, image_size: 
     found = tokenizer.fingerprint(vq)
     if data.get("tokenizer", found) != found:
         raise ValueError(f"{vq_path} is tokenizer {found}, but {file} was trained with {data['tokenizer']}.")
-    name = path.stem if file == path else path.resolve().name
+    name = file.parent.resolve().name if file.name == "checkpoint.pt" else path.stem
     origin = {"model": name, "weights": "ema" if ema else "student",
               "step": rest.get("step", rest.get("steps")),  # LlamaGen's name is the second
               "training_seed": config.get("seed"), "weights_digest": tokenizer.fingerprint(model),
@@ -439,7 +451,7 @@ def open_trained(path: Path, vq_path: str | Path | None, ema: bool, image_size: 
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """fp32 or bf16, as `name` says; by default bf16 on GPUs that have it, as in LlamaGen's sampler."""
+    """fp32 or bf16, as `name` says; by default bf16 where a GPU has it, as in LlamaGen's sampler."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return name or ("bf16" if native else "fp32")
 
@@ -473,7 +485,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("runs", nargs="*", type=Path, help="run folders, as in runs/tiny, or checkpoints (.pt)")
     add("--gpt", type=Path, help="LlamaGen checkpoint, instead of a run folder")
     add("--vq", help="tokenizer file (default: the run's)")
-    add("--classes", type=int, nargs="+", help="one image for each of these (default: 20)")
+    add("--classes", type=int, nargs="+", help="one image for each of these (default: 20 or all)")
     add("--out", type=Path, help="the picture (default: samples.png or reconstructions.png)")
     add("--reconstruct", action="store_true", help="draw what the codes keep of held-out images instead")
     add("--data", help="with --reconstruct: folder or zip of images (default: the run's)")
@@ -488,9 +500,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--top-k", type=within(int, 0), default=0, help="0: all codes")
     add("--top-p", type=within(float, 0, 1), default=1.0, help="1: all codes")
     add("--seed", type=within(int, 0, 2 ** 62), default=0)
-    add("--image-size", type=within(int, 16, 4096), default=256, help="of a --gpt that does not tell")
+    add("--image-size", type=within(int, 16, 4096), default=256, help="of a checkpoint that does not tell")
     add("--ema", action="store_true", help="the teacher's weights instead of the student's")
-    add("--precision", choices=["bf16", "fp32"], default="", help="default: bf16 on GPUs, fp32 on a CPU")
+    add("--precision", choices=["bf16", "fp32"], default="", help="default: bf16 if a GPU has it")
     add("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     args = parser.parse_args(argv)
 
@@ -500,7 +512,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         (args.npz and (args.classes or args.out or args.reconstruct),
          "--npz holds all classes in one file: no --classes, --out or --reconstruct beside it"),
         (args.batch and not args.npz, "--batch goes with --npz"),
-        ((args.data or args.subset) and not args.reconstruct, "--data and --subset go with --reconstruct"),
+        ((args.data, args.subset) != (None, None) and not args.reconstruct,
+         "--data and --subset go with --reconstruct"),
         (args.classes and args.reconstruct, "--reconstruct takes no --classes"),
         (len(args.runs) > 1 and (args.npz or args.reconstruct), "--npz and --reconstruct take one run"),
     ):
@@ -510,7 +523,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def runs_grid(trained: list[Trained], classes: list[int] | None, seed: int, settings: dict) -> Image.Image:
-    """Samples of one or several models for equal `classes` (default: 20 spread evenly) and an equal seed.
+    """Samples of one or several models for equal `classes` and an equal seed.
+
+    By default 20 classes, spread evenly, or all if there are fewer.
 
     Raises ValueError if a model does not know one of the classes.
     """
@@ -519,7 +534,7 @@ def runs_grid(trained: list[Trained], classes: list[int] | None, seed: int, sett
     classes = classes or [i * known // shown for i in range(shown)]
     if bad := [c for c in classes if not 0 <= c < known]:
         names = " and ".join(one.name for one in trained)
-        raise ValueError(f"class {bad[0]} does not exist: {names} know 0 ... {known - 1}.")
+        raise ValueError(f"class {bad[0]} does not exist; those of {names} are 0 ... {known - 1}.")
     grids = [(one.name, sample_grid(one.model, one.vq, classes, one.classes, seed, **settings))
              for one in trained]
     return grids[0][1] if len(grids) == 1 else stacked(grids)
@@ -527,16 +542,18 @@ def runs_grid(trained: list[Trained], classes: list[int] | None, seed: int, sett
 
 def reconstruct(path: Path, one: Trained, data: str | None, subset: str | None) -> None:
     """`save_reconstructions` of a run's held-out images, or of those in `data`."""
-    if not (data or one.config):
+    if data is None and not one.config:
         raise ValueError(f"{one.name} does not name its images; add --data.")
+    if data is None:
+        data, subset = one.config["data"], one.config["subset"] if subset is None else subset
     settings = argparse.Namespace(
-        data=data or one.config["data"], subset=subset or one.config.get("subset", ""),
+        data=data, subset=subset or "",
         image_size=one.model.config.grid * one.vq.config.downsample,
         skip_corrupt=one.config.get("skip_corrupt", False))
     save_reconstructions(path, one.vq, settings)
 
 
-@tokenizer.enough_memory("lower --batch, or draw fewer --classes at a time")
+@tokenizer.enough_memory("lower --batch or --num, or draw fewer --classes at a time")
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run it.
 
@@ -585,3 +602,6 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
         sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on with an .npz.")
+        sys.exit(130)

@@ -1509,7 +1509,7 @@ def test_a_decode_step_of_fixed_shape():
 
 
 def test_a_recorded_step_keeps_its_cache_alive():
-    """A graph holds addresses, not tensors: once, the cache was freed, and replays wrote into others' memory."""
+    """A graph holds addresses, not tensors: once the cache was freed, and replays wrote into other memory."""
     net, caches = tiny_model(), []
 
     def decode(model, tokens, position, cache):
@@ -1587,6 +1587,11 @@ def test_npz_goes_on_with_its_own_parts_only():
         assert np.array_equal(whole["arr_0"][6:9], third)
         assert json.loads(str(parts["protocol"]))["weights_digest"] == "B"
         assert sorted(path.name for path in folder.iterdir()) == ["npz", "whole.npz"]  # no part is left
+        assert write("npz", "A", 1, 3) == 1
+        damaged = next((folder / ".npz.parts").glob("*.npy"))
+        damaged.write_bytes(b"")  # as a machine that loses power may leave it
+        refuses(ValueError, f"{damaged} damaged deleted", write, "npz", "A")
+        assert write("npz", "A") == 1 and np.array_equal(np.load(folder / "npz")["arr_0"], whole["arr_0"])
 
 
 def test_sample_script():

@@ -200,6 +200,18 @@ def telling(path: str | Path, kind: str) -> Iterator[None]:
         raise ValueError(f"{path} is damaged or no {kind} ({reason}); get it or write it again.") from None
 
 
+@contextmanager
+def deleting(path: Path) -> Iterator[None]:
+    """Whatever is raised while `path`, a part of unfinished work, is read deletes it; ValueError says so."""
+    try:
+        yield
+    except Exception as error:  # whatever a changed file makes numpy raise
+        if _is_memory(error):
+            raise
+        path.unlink(missing_ok=True)
+        raise ValueError(f"{path} was damaged and is deleted; run the same command again.") from None
+
+
 def read_weights(path: str | Path) -> dict:
     """The dictionary that torch.save wrote to `path`, on the CPU, memory-mapped; nothing in it can run code.
 
@@ -1154,8 +1166,8 @@ def load_cache(folder: str | Path, expected: dict | None = None) -> TokenCache:
     """Open a finished cache, memory-mapped; if `expected` is given its meta must equal that.
 
     Reads all of it once for the checksums, about a gigabyte a second.
-    Raises FileNotFoundError if there is none, ValueError naming both sides if it is another one's, ValueError
-    if its files are not what was written.
+    Raises FileNotFoundError if there is none, ValueError if it is another one's, naming what differs, or if
+    its files are not what was written.
     """
     folder = Path(folder)
     meta, checksums = _read_meta(folder, expected)
@@ -1285,15 +1297,12 @@ def _remove_parts(folder: Path) -> None:
 
 def _read_part(path: Path, shape: list[int]) -> np.ndarray:
     """The codes of one part file, uint16; a damaged one is deleted, and ValueError says so."""
-    try:
+    with deleting(path):
         with np.load(path) as file:
             codes = file["codes"]
         if list(codes.shape) != shape or codes.dtype != np.uint16:
             raise ValueError("another shape")
         return codes
-    except Exception:  # whatever a changed file makes numpy raise
-        path.unlink(missing_ok=True)
-        raise ValueError(f"{path} was damaged and is deleted; run the same command again.") from None
 
 
 class Prepared(NamedTuple):
