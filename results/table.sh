@@ -191,8 +191,8 @@ for steps in lengths:
         rows = {name: runs[steps, v] for v, name in LOSSES.items() if (steps, v) in runs}
         cfgs = (1, 1.5, None) if steps > MAIN else (1, 1.5)
         text += [f"## Length: {steps:,} steps", table(rows, UNDERSTANDING, AR), *samples_of(rows, AR, cfgs)]
-text += ["## Size: 800 steps", "`nano` has 0.64M parameters, `tiny` 5.6M."]
-for size in ("nano", "tiny"):
+text += ["## Size: 800 steps", "`nano` has 0.64M parameters, `tiny` 5.6M, `small` 22.0M in 12 layers; one seed."]
+for size in ("nano", "tiny", "small"):
     rows = {f"`{size}`, {name}": runs[800, f"{size}-{variant}"] for variant, name in NAMED}
     text += [table(rows, brief, f"`{size}`, AR")]
 gpu = {name: runs[GPU, GPU_PREFIX + v] for v, name in LOSSES.items() if (GPU, GPU_PREFIX + v) in runs}
