@@ -45,8 +45,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tokenizer import (ImageSet, VQModel, center_crop, check_finite, check_output, choose_device,
-                       decode_image, digest, enough_memory, fingerprint, is_image, list_files,
+from tokenizer import (ImageSet, VQModel, center_crop, check_finite, check_image_size, check_output,
+                       choose_device, decode_image, digest, enough_memory, fingerprint, is_image, list_files,
                        load_tokenizer, open_images, rank_and_world, read_ahead, read_pixels, read_weights,
                        telling, to_float, to_uint8, within, write_file)
 
@@ -486,9 +486,8 @@ class Mixed(nn.Module):
     """Chains of convolutions side by side, then a pooled one; outputs are concatenated in this order.
 
     A chain is a list of steps (name, width, kernel[, stride]); its last one may be a pair that both read the
-    same input. The
-    pooled one is "avg" or "max" followed by a 1 x 1 convolution to `width`, or "halve", a strided max alone,
-    with width 0.
+    same input. The pooled one is "avg" or "max" followed by a 1 x 1 convolution to `width`, or "halve", a
+    strided max alone, with width 0.
     """
 
     def __init__(self, cin: int, chains: list[list], pool: str, width: int):
@@ -963,9 +962,8 @@ def open_all(args: argparse.Namespace, device: torch.device) -> Opened:
     vq = load_tokenizer(tokenizer_file(args.vq), device) if args.vq else None
     if sets and not size and (classifier or vq):
         size = (min(sets[args.split].read(0).size),) * 2
-    if vq and size[0] % vq.config.downsample:
-        raise ValueError(f"image size {size[0]} is no multiple of {vq.config.downsample}, the factor of "
-                         f"{args.vq}; choose another --image-size.")
+    if vq:
+        check_image_size(size[0], vq.config)
     return Opened(samples, real, sets, size[0] if size else None, vq)
 
 

@@ -2,10 +2,10 @@
 
     L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2                                                (Eq. 8)
 
-L_AR is next-token prediction. L_MIM hides a random part of the student's keys (Eq. 3) and pulls its last
-layer towards that of an unmasked EMA teacher (Eq. 4); L_step and L_view make a middle-layer feature tell its
-own image from the others of the batch, as seen from another step (Eq. 6) or another view (Eq. 7) by the
-teacher. Nothing of this is left at sampling time.
+L_AR is next-token prediction. With L_MIM a random part of the student's keys is hidden, from all losses
+(Eq. 3), and its last layer is pulled towards that of an unmasked EMA teacher (Eq. 4); L_step and L_view make
+a middle-layer feature tell its own image from the others of the batch, as seen from another step (Eq. 6) or
+another view (Eq. 7) by the teacher. Nothing of this is left at sampling time.
 
 Plain functions of tensors; they run on a CPU and need no process group. Every choice is tagged "paper:"
 where the paper states it, "our choice:" where it leaves room. Where everything is:

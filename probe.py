@@ -323,6 +323,12 @@ def attention_numbers(weights: torch.Tensor, grid: int) -> dict[str, list[float]
             "neighbours": share(reach == 1), "elsewhere": share(reach > 1), "distance": distance.tolist()}
 
 
+def even_distance(num_tokens: int) -> float:
+    """The "distance" of `attention_numbers` if a query looked at all that it can see alike."""
+    evenly = torch.ones(num_tokens, num_tokens).tril() / torch.arange(1, num_tokens + 1)[:, None]
+    return attention_numbers(evenly[None], math.isqrt(num_tokens))["distance"][0]
+
+
 # ---- Consistency -------------------------------------------------------------------------------------------
 
 SHIFTS = (0, 1, 2, 4, 8)  # pixels
@@ -455,7 +461,6 @@ def draw_probe(subjects: list[Subject], results: dict[str, dict]) -> dict[str, I
 
 def draw_numbers(subjects: list[Subject], results: dict[str, dict]) -> dict[str, Image.Image]:
     """Attention distance and mass, cosines: Observations 1 to 3 as plots and tables."""
-    T = subjects[0].model.config.num_tokens
     distance, mass, cosine = {}, {}, {}
     for subject in subjects:
         attention = results[subject.name]["attention"]
@@ -463,8 +468,7 @@ def draw_numbers(subjects: list[Subject], results: dict[str, dict]) -> dict[str,
         by_layer = zip(*(attention[kind] for kind in MASSES))
         mass[subject.name] = {f"layer {n}": line for n, line in enumerate(by_layer, 1)}
         cosine[subject.name] = list(results[subject.name]["cosine"].values())
-    evenly = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]  # over all that a query can see
-    even = attention_numbers(evenly[None], math.isqrt(T))["distance"][0]
+    even = even_distance(subjects[0].model.config.num_tokens)
     deepest = max(subject.model.config.n_layer for subject in subjects)
     distance["even"] = [(n, even) for n in range(1, deepest + 1)]
     kinds = ["steps", "crops", "images"]

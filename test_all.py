@@ -373,6 +373,8 @@ def test_pictures_of_every_kind():
         refuses(ValueError, f"{name} not a readable image", tokenizer.decode_image, data, name)
     refuses(ValueError, "not a readable image", decode, Image.new("L", (2000, 9)), "PNG")  # a strip
     refuses(ValueError, "not a readable image", decode, Image.new("F", (9, 9)), "TIFF")  # of which range?
+    with patch.object(Image, "open", side_effect=MemoryError("full")):  # not the image's fault
+        refuses(MemoryError, "full", decode, Image.new("L", (9, 9)), "PNG")
 
 
 def test_zips_that_are_damaged_or_hostile():
@@ -1634,6 +1636,9 @@ def test_pictures():
     image = np.asarray(sample.line_plot(doublings, "", "", "", log_x=True)).astype(int)
     blue = (image[:, :, 2] - image[:, :, 0] > 100).sum(0)  # 5 in a column of line only, more at a dot
     assert [(blue[at] > 10).item() for at in (140, 323, 507, 690, 873, 1240)] == [1, 0, 1, 0, 1, 1]
+    many = {f"a run with a long name {i}": [(0, 0.0), (1, 1.0)] for i in range(5)}
+    legend = np.asarray(sample.line_plot(many, "title", "", ""))[40:70]
+    assert (legend[:, :140] == 255).all()  # it ends where the axes do
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     two, one = (sample.image_grid(pixels, 2, [name, "b"]) for name in ("a\nb", "a b"))
     assert np.array_equal(np.asarray(two), np.asarray(one))
@@ -2458,10 +2463,18 @@ def test_fid_refuses_what_it_cannot_compare():
     assert not (workshop() / "no-work").exists()
 
 
-def test_fid_works_in_one_process_alone():
+def test_fid_does_not_overwrite_a_runs_tokenizer():
+    trained_run()
+    arguments = ["--fake", "reconstructions", "--vq", "runs/trained", "--json", "runs/trained/tokenizer.pt"]
+    refuses(ValueError, "tokenizer.pt overwritten", run, fid.main, "--real", "images", *arguments)
+
+
+def test_what_works_in_one_process_alone():
     """The second process of torchrun ends at once, well, whatever it is asked for."""
     with patch.dict(os.environ, RANK="1", WORLD_SIZE="2"):
         assert run(fid.main, "--real", "nowhere") == ""
+        assert run(probe.main, "nowhere") == ""
+        assert run(tokenizer.main, "train", "--data", "nowhere", "--out", "nothing.pt") == ""
 
 
 def test_fid_refuses_settings_and_files():

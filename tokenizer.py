@@ -538,8 +538,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     except Exception as error:  # what a damaged file makes Pillow raise has no end
         if _is_memory(error):
             raise
-        raise ValueError(f"{name} is not a readable image; remove or replace it (train.py and tokenizer.py "
-                         "leave such images out with --skip-corrupt).") from None
+        raise ValueError(f"{name} is not a readable image; remove or replace it (train.py, tokenizer.py and "
+                         "probe.py leave such images out with --skip-corrupt).") from None
 
 
 def _outlines() -> dict[str, list[np.ndarray]]:

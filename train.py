@@ -169,19 +169,18 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
 
     preset = given.get("preset", Config.preset)
     device = tokenizer.choose_device(given.get("device", "")).type
-    settings = PRESETS[preset] | {"device": device, "compile": device == "cuda"}
-    if device == "cpu" and preset in ON_CPU and not resume:
-        settings |= ON_CPU[preset]
-        if "data" in given:  # the subset is one of Tiny ImageNet
-            settings["subset"] = ""
+    smaller = ON_CPU.get(preset, {}) if device == "cpu" and not resume else {}
+    settings = PRESETS[preset] | {"device": device, "compile": device == "cuda"} | smaller
+    if smaller and "data" in given:  # the subset is one of Tiny ImageNet
+        settings["subset"] = ""
     if given.keys() & {"codes", "tokenizer_steps"}:  # these ask for a tokenizer of one's own
         settings["tokenizer"] = "train"
     if "epochs" in given:
         settings["steps"] = 0
     config = Config(**settings | given)
-    if device == "cpu" and preset in ON_CPU and not resume and tokenizer.rank_and_world()[0] == 0:
-        smaller = {name: getattr(config, name) for name in ON_CPU[preset] if name not in given}
-        print(f"!! On a CPU --preset {preset} is smaller and shorter: {smaller}")
+    if smaller and tokenizer.rank_and_world()[0] == 0:
+        used = {name: getattr(config, name) for name in smaller if name not in given}
+        print(f"!! On a CPU --preset {preset} is smaller and shorter: {used}")
     if not config.name:
         all_on = config.losses == Config.losses
         config.name = preset if all_on else f"{preset}-{config.losses.replace('+', '-')}"

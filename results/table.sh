@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import scipy.stats
-import torch
 from PIL import Image
 
 import probe
@@ -279,12 +278,10 @@ for title, rows in FIFTY_EPOCHS.items():
 sample.save_image("assets/guidance.png", Image.fromarray(np.concatenate(panels, 1)))
 
 panels = []
-evenly = torch.ones(64, 64).tril() / torch.arange(1, 65)[:, None]  # attention spread over all that a query can see
-even = probe.attention_numbers(evenly[None], 8)["distance"][0]
 for title, rows in FIFTY_EPOCHS.items():
     lines = {name: list(enumerate(np.mean([line["attention"]["distance"] for line in seeds.values()], 0), 1))
              for name, seeds in rows.items()}
-    lines["spread evenly"] = [(n, even) for n, _ in lines["AR"]]
+    lines["spread evenly"] = [(n, probe.even_distance(64)) for n, _ in lines["AR"]]
     panels.append(sample.line_plot(lines, title, "layer", "tokens away", width=480, height=300))
 sample.save_image("assets/distance.png", Image.fromarray(np.concatenate(panels, 1)))
 
