@@ -4,6 +4,7 @@
 #     bash results/run.sh NAME [flags of train.py]       # as each line's "command"
 #     DATA=PACK.zip bash results/run.sh NAME ...          # other images than data/tiny-imagenet-200.zip
 #     DEVICE=cuda SUBSET= bash results/run.sh NAME ...    # on a GPU, all classes
+#     PRESET=nano bash results/run.sh NAME ...            # the built-in images
 #
 # From the top folder of a clone. SUBSET lists the classes, by default twenty; without it all are taken. What is there
 # already is not made again, so that a stopped line goes on. CFGS are the guidance scales, NUM the samples at each,
@@ -14,6 +15,7 @@ name=$1
 shift
 data=${DATA:-data/tiny-imagenet-200.zip}
 subset=${SUBSET-assets/tiny-imagenet-20.txt}
+[ "${PRESET:-tiny}" != nano ] || data=shapes subset=
 device=${DEVICE:-cpu}
 steps=${CLASSIFIER_STEPS:-1200}
 out=results/work/$name
@@ -22,7 +24,7 @@ mkdir -p "$out"
 if [ ! -f "$out/trained" ]; then
   start=$SECONDS
   resume=$([ ! -f "runs/$name/checkpoint.pt" ] || echo --resume)
-  python train.py --preset tiny --device "$device" --name "$name" --data "$data" --subset "$subset" "$@" $resume
+  python train.py --preset "${PRESET:-tiny}" --device "$device" --name "$name" --data "$data" --subset "$subset" "$@" $resume
   echo "$([ -n "$resume" ] || echo $((SECONDS - start)))" > "$out/trained"
 fi
 [ -f "$out/probe.json" ] || python probe.py "runs/$name" --layers all --out "$out" --device "$device"
@@ -66,7 +68,8 @@ with contextlib.ExitStack() as held:  # the teacher's held-out loss; metrics.jso
 def git(*words):
     return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
 
-settings = [f"{key}={os.environ[key]}" for key in ("DEVICE", "SUBSET", "CLASSIFIER_STEPS", "NUM") if key in os.environ]
+settings = [f"{key}={os.environ[key]}" for key in ("PRESET", "DEVICE", "SUBSET", "CLASSIFIER_STEPS", "NUM")
+            if key in os.environ]
 device = finished.device
 line = {"run": name, "command": " ".join([*settings, "bash results/run.sh", name, *flags]), "seed": config["seed"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
