@@ -93,7 +93,7 @@ class Config:
     weight_decay: Weight = 0.05  # LlamaGen: of matrices, embeddings included
     clip: Annotated[float, 1e-6, math.inf] = 1.0  # LlamaGen: largest gradient norm
     # run
-    seed: Annotated[int, 0, 2 ** 32 - 1] = 0  # of everything random, but not of a tokenizer
+    seed: Annotated[int, 0, 2 ** 32 - 1] = 0  # of everything random but the tokenizer
     device: str = ""  # cpu, cuda or cuda:N; default: cuda if there is one
     compile: bool = True  # torch.compile; a CPU only does it when asked to
     log_every: Count = 10  # steps between lines of metrics.jsonl

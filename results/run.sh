@@ -15,7 +15,8 @@ name=$1
 shift
 data=${DATA:-data/tiny-imagenet-200.zip}
 subset=${SUBSET-assets/tiny-imagenet-20.txt}
-[ "${PRESET:-tiny}" != nano ] || data=shapes subset=
+preset=${PRESET:-tiny}
+[ "$preset" != nano ] || data=shapes subset=
 device=${DEVICE:-cpu}
 steps=${CLASSIFIER_STEPS:-1200}
 out=results/work/$name
@@ -24,7 +25,8 @@ mkdir -p "$out"
 if [ ! -f "$out/trained" ]; then
   start=$SECONDS
   resume=$([ ! -f "runs/$name/checkpoint.pt" ] || echo --resume)
-  python train.py --preset "${PRESET:-tiny}" --device "$device" --name "$name" --data "$data" --subset "$subset" "$@" $resume
+  python train.py --preset "$preset" --device "$device" --name "$name" --data "$data" --subset "$subset" \
+    "$@" $resume
   echo "$([ -n "$resume" ] || echo $((SECONDS - start)))" > "$out/trained"
 fi
 [ -f "$out/probe.json" ] || python probe.py "runs/$name" --layers all --out "$out" --device "$device"
