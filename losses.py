@@ -2,10 +2,10 @@
 
     L = L_AR + alpha L_MIM + beta (L_step + L_view) / 2                                                (Eq. 8)
 
-L_AR is next-token prediction. With L_MIM a random part of the student's keys is hidden, from all losses
-(Eq. 3), and its last layer is pulled towards that of an unmasked EMA teacher (Eq. 4); L_step and L_view make
-a middle-layer feature tell its own image from the others of the batch, as seen from another step (Eq. 6) or
-another view (Eq. 7) by the teacher. Nothing of this is left at sampling time.
+L_AR is next-token prediction. With L_MIM on, a random part of the student's keys is hidden (Eq. 3), whichever
+loss then reads it, and its last layer is pulled towards that of an unmasked EMA teacher (Eq. 4); L_step and
+L_view make a middle-layer feature tell its own image from the others of the batch, as seen from another step
+(Eq. 6) or another view (Eq. 7) by the teacher. Nothing of this is left at sampling time.
 
 Plain functions of tensors; they run on a CPU and need no process group. Every choice is tagged "paper:"
 where the paper states it, "our choice:" where it leaves room. Where everything is:
@@ -104,7 +104,7 @@ def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
     float32, also under autocast. The accuracy is the share of anchors closest to their positive.
     """
     a, t = F.normalize(anchors.float(), dim=-1), F.normalize(targets.float().detach(), dim=-1)
-    with torch.autocast("cuda" if a.is_cuda else "cpu", enabled=False):  # bfloat16 has ties
+    with torch.autocast("cuda" if a.is_cuda else "cpu", enabled=False):  # in bfloat16 many would tie
         logits = a @ t.mT / temperature  # (S, B, B_all)
     S, B, B_all = logits.shape
     positive = torch.arange(own_start, own_start + B, device=logits.device).repeat(S)  # (S B,)
@@ -113,7 +113,7 @@ def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
 
 
 def ordered_pairs(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """All i != j below `count`, i and j int64 (count (count - 1),) each, made where they are used."""
+    """All i != j below `count`, i and j int64 (count (count - 1),) each; made on `device`: no copy."""
     i = torch.arange(count, device=device).repeat_interleave(count - 1)
     j = torch.arange(count - 1, device=device).repeat(count)
     return i, j + (j >= i)  # j skips i

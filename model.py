@@ -6,22 +6,18 @@ x_{p+1}. ST-AR (arXiv 2509.15185) trains this model with extra losses (losses.py
 the key mask of Eq. 3. Parameter names are LlamaGen's, so its published checkpoints load strictly and its
 tools read ours.
 
-Shapes in comments: B batch, T tokens per image, C width, H heads, D head size, L layers, t positions
-of this call, s positions attended to.
+Shapes in comments: B batch, T tokens per image, C width, H heads, D head size, t positions of this
+call, s positions attended to.
 """
 
-import argparse
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from tokenizer import check_finite, read_weights, telling
 
 # ---- Configuration -----------------------------------------------------------------------------------------
 
@@ -90,7 +86,13 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention; `allowed` (B or 1, 1, t, s) says which query may see which key."""
+    """Multi-head attention.
+
+    rope     (t, D/2, 2), the rows of `rope_table` for these positions
+    allowed  (B or 1, 1, t, s) bool, which query may see which key; None: those before it and its own
+    extend   puts the keys and values of a cache before those of this call; None: there is no cache
+    explicit  whether to write the softmax out and return its weights (B, H, t, s), else None
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -99,21 +101,19 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, table, allowed, plain_causal, past, explicit):
-        # plain_causal: `allowed` is the plain triangle; past: puts a cache's keys and values before these
+    def forward(self, x, rope, allowed, extend, explicit):
         qkv = self.wqkv(x).unflatten(-1, (3, self.n_head, self.head_dim))  # (B, t, 3, H, D)
-        q, k = rotate(qkv[:, :, :2], table).permute(2, 0, 3, 1, 4)  # (B, H, t, D) each
+        q, k = rotate(qkv[:, :, :2], rope).permute(2, 0, 3, 1, 4)  # (B, H, t, D) each
         v = qkv[:, :, 2].transpose(1, 2)
-        if past is not None:
-            k, v = past(k, v)  # (B, H, s, D): earlier keys and values, then these
+        if extend is not None:
+            k, v = extend(k, v)  # (B, H, s, D)
         if explicit:  # softmax(Q K^T / sqrt(D) + causal + mask) V, written out
             logits = q @ k.mT * self.head_dim ** -0.5  # (B, H, t, s)
             weights = logits.masked_fill(~allowed, -math.inf).softmax(-1)
             y = weights @ v
         else:
             weights = None
-            mask = None if plain_causal else allowed
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain_causal)
+            y = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None)
         return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2))), weights
 
 
@@ -140,8 +140,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x, table, allowed, plain_causal, past, explicit):
-        y, weights = self.attention(self.attention_norm(x), table, allowed, plain_causal, past, explicit)
+    def forward(self, x, rope, allowed, extend, explicit):
+        y, weights = self.attention(self.attention_norm(x), rope, allowed, extend, explicit)
         x = x + y
         return x + self.feed_forward(self.ffn_norm(x)), weights
 
@@ -202,12 +202,13 @@ class Transformer(nn.Module):
         allowed = self.causal[None, None, start:end, :end]  # (1, 1, t, s)
         if key_mask is not None:
             allowed = allowed & ~key_mask[:, None, None, :]  # (B, 1, t, s): Eq. 3
-        plain_causal = key_mask is None and start == 0  # the fused kernel then needs no mask
+        elif start == 0 and not return_attention:
+            allowed = None  # the plain triangle, for which the fused kernel needs no mask
         needed = len(self.layers) if head else max(layers, default=0)  # no head, no need to go to the end
         hidden, attention = {}, []
         for number, layer in enumerate(self.layers[:needed], 1):
-            past = partial(cache.append, number - 1) if cache is not None else None
-            x, weights = layer(x, self.rope[start:end], allowed, plain_causal, past, return_attention)
+            extend = partial(cache.append, number - 1) if cache is not None else None
+            x, weights = layer(x, self.rope[start:end], allowed, extend, return_attention)
             if number in layers:
                 hidden[number] = x
             if return_attention:
@@ -215,64 +216,3 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length = end
         return Output(self.output(self.norm(x)).float() if head else None, hidden, attention)
-
-
-# ---- Checkpoints: {"model": student, "ema": teacher, "config": run config, ...} ----------------------------
-
-def load_checkpoint(path: str | Path, whole: bool = False) -> dict:
-    """The content of a checkpoint file, ours or LlamaGen's; a bare state dict as {"model": state dict}.
-
-    With `whole` it must be ours, with all that a run needs to go on.
-    Raises FileNotFoundError, or ValueError for another kind of file or weights that are not finite.
-    """
-    content = read_weights(path)
-    if "tok_embeddings.weight" in content:
-        content = {"model": content}
-    wrong = [name for name in ("model", "ema", "projector", "optimizer", "config", "data", "model_config")
-             if not isinstance(content.get(name, None if whole else {}), dict)]
-    step = content.get("step", -1 if whole else 0)
-    if wrong or not isinstance(step, int) or step < 0:
-        raise ValueError(f"{path} lacks {(wrong or ['step'])[0]}, or what it has there cannot be used.")
-    state = content.get("model", {})
-    if "cls_embedding.embedding_table.weight" not in state:
-        raise ValueError(f"{path} holds a VQ tokenizer or something else, no class-conditional transformer.")
-    for name in ("model", "ema", "projector"):
-        check_finite(path, content.get(name, {}))
-    return content
-
-
-def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
-               device="cpu") -> tuple[Transformer, dict]:
-    """A transformer in eval mode and the rest of its checkpoint. Strict: every tensor must fit.
-
-    `ema` chooses the teacher's weights. Width, depth, vocabulary and classes are read off the tensors; the
-    rest is in our checkpoints' "model_config". For LlamaGen's, heads are read off `SIZES`, the token count
-    off "freqs_cis" or "args" where they are present, else off `image_size` (downsampling 16).
-    Raises FileNotFoundError, or ValueError if `path` is no such file or lacks EMA weights.
-    """
-    content = load_checkpoint(path)
-    if ema and "ema" not in content:
-        raise ValueError(f"{path} has no EMA weights; leave out --ema.")
-    state = dict(content["ema" if ema else "model"])
-    table = state.pop("freqs_cis", None)  # a stray attribute in some of LlamaGen's files
-    with telling(path, "transformer of ours or LlamaGen's"):
-        vocab_size, dim = state["tok_embeddings.weight"].shape
-        depth = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-        num_classes = len(state["cls_embedding.embedding_table.weight"]) - 1
-        if "model_config" in content:
-            settings = content["model_config"]
-        else:
-            heads = [n_head for n_layer, n_head, width in SIZES.values() if (n_layer, width) == (depth, dim)]
-            if not heads:
-                raise ValueError(f"{depth} layers of width {dim} are none of LlamaGen's sizes")
-            args = vars(content.get("args", argparse.Namespace()))
-            side = args.get("image_size", image_size) // args.get("downsample_size", 16)
-            settings = dict(n_head=heads[0], num_tokens=len(table) - 1 if table is not None else side ** 2)
-        read = dict(n_layer=depth, dim=dim, vocab_size=vocab_size, num_classes=num_classes)
-        config = ModelConfig(**settings | read)
-        if min(asdict(config).values()) < 0:
-            raise ValueError(f"{config} has a number below 0")
-        model = Transformer(config)
-        model.load_state_dict(state)
-    rest = {key: value for key, value in content.items() if key not in ("model", "ema")}
-    return model.eval().to(device), rest

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import tokenizer
-from model import Transformer, load_model
+from model import SIZES, ModelConfig, Transformer
 
 # ---- Tokens ------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ def decode_step(model: Transformer, tokens: torch.Tensor, position: torch.Tensor
     What the model computes with a cache, but no shape depends on the position: a GPU can compile and record
     this once for all positions.
     """
-    def past(layer, k, v):  # (B, H, 1, D) each -> all T places, (B, H, T, D)
+    def extend(layer, k, v):  # (B, H, 1, D) each -> all T places, (B, H, T, D)
         cache.k[layer].index_copy_(2, position, k)
         cache.v[layer].index_copy_(2, position, v)
         return cache.k[layer], cache.v[layer]
@@ -99,7 +99,7 @@ def decode_step(model: Transformer, tokens: torch.Tensor, position: torch.Tensor
     x = model.tok_embeddings(tokens)[:, None]  # (B, 1, C)
     allowed = model.causal[position][None, None]  # (1, 1, 1, T): hides what is not yet in the cache
     for n, layer in enumerate(model.layers):
-        x, _ = layer(x, model.rope[position], allowed, False, partial(past, n), False)
+        x, _ = layer(x, model.rope[position], allowed, partial(extend, n), False)
     return model.output(model.norm(x))[:, -1].float()
 
 
@@ -409,7 +409,66 @@ def save_npz(path: Path, model: Transformer, vq: tokenizer.VQModel, names: list[
             shutil.rmtree(folder, ignore_errors=True)  # network disks keep a locked file until it is closed
 
 
-# ---- Command line ------------------------------------------------------------------------------------------
+# ---- Checkpoints: {"model": student, "ema": teacher, "config": run config, ...} ----------------------------
+
+def load_checkpoint(path: str | Path, whole: bool = False) -> dict:
+    """The content of a checkpoint file, ours or LlamaGen's; a bare state dict as {"model": state dict}.
+
+    With `whole` it must be ours, with all that a run needs to go on.
+    Raises FileNotFoundError, or ValueError for another kind of file or weights that are not finite.
+    """
+    content = tokenizer.read_weights(path)
+    if "tok_embeddings.weight" in content:
+        content = {"model": content}
+    wrong = [name for name in ("model", "ema", "projector", "optimizer", "config", "data", "model_config")
+             if not isinstance(content.get(name, None if whole else {}), dict)]
+    step = content.get("step", -1 if whole else 0)
+    if wrong or not isinstance(step, int) or step < 0:
+        raise ValueError(f"{path} lacks {(wrong or ['step'])[0]}, or what it has there cannot be used.")
+    state = content.get("model", {})
+    if "cls_embedding.embedding_table.weight" not in state:
+        raise ValueError(f"{path} holds a VQ tokenizer or something else, no class-conditional transformer.")
+    for name in ("model", "ema", "projector"):
+        tokenizer.check_finite(path, content.get(name, {}))
+    return content
+
+
+def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
+               device="cpu") -> tuple[Transformer, dict]:
+    """A transformer in eval mode and the rest of its checkpoint. Strict: every tensor must fit.
+
+    `ema` chooses the teacher's weights. Width, depth, vocabulary and classes are read off the tensors; the
+    rest is in our checkpoints' "model_config". For LlamaGen's, heads are read off `SIZES`, the token count
+    off "freqs_cis" or "args" where they are present, else off `image_size` (downsampling 16).
+    Raises FileNotFoundError, or ValueError if `path` is no such file or lacks EMA weights.
+    """
+    content = load_checkpoint(path)
+    if ema and "ema" not in content:
+        raise ValueError(f"{path} has no EMA weights; leave out --ema.")
+    state = dict(content["ema" if ema else "model"])
+    table = state.pop("freqs_cis", None)  # a stray attribute in some of LlamaGen's files
+    with tokenizer.telling(path, "transformer of ours or LlamaGen's"):
+        vocab_size, dim = state["tok_embeddings.weight"].shape
+        depth = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+        num_classes = len(state["cls_embedding.embedding_table.weight"]) - 1
+        if "model_config" in content:
+            settings = content["model_config"]
+        else:
+            heads = [n_head for n_layer, n_head, width in SIZES.values() if (n_layer, width) == (depth, dim)]
+            if not heads:
+                raise ValueError(f"{depth} layers of width {dim} are none of LlamaGen's sizes")
+            args = vars(content.get("args", argparse.Namespace()))
+            side = args.get("image_size", image_size) // args.get("downsample_size", 16)
+            settings = dict(n_head=heads[0], num_tokens=len(table) - 1 if table is not None else side ** 2)
+        read = dict(n_layer=depth, dim=dim, vocab_size=vocab_size, num_classes=num_classes)
+        config = ModelConfig(**settings | read)
+        if min(asdict(config).values()) < 0:
+            raise ValueError(f"{config} has a number below 0")
+        model = Transformer(config)
+        model.load_state_dict(state)
+    rest = {key: value for key, value in content.items() if key not in ("model", "ema")}
+    return model.eval().to(device), rest
+
 
 class Trained(NamedTuple):
     """A trained model and what belongs to it."""
@@ -449,6 +508,8 @@ def open_trained(path: Path, vq_path: str | Path | None, ema: bool, image_size: 
     names = data.get("classes", [f"class {c}" for c in range(model.config.num_classes)])
     return Trained(name, model, vq, names, config, data, origin)
 
+
+# ---- Command line ------------------------------------------------------------------------------------------
 
 def choose_precision(name: str, device: torch.device) -> str:
     """fp32 or bf16, as `name` says; by default bf16 where a GPU has it, as in LlamaGen's sampler."""

@@ -844,9 +844,9 @@ def test_checkpoints_of_both_kinds():
         ours = {"model": net.state_dict(), "ema": tiny_model(seed=9).state_dict(), "step": 3,
                 "model_config": vars(net.config)}
         torch.save(ours, path)
-        again, rest = model.load_model(path)
+        again, rest = sample.load_model(path)
         assert torch.equal(again(tokens, classes).logits, net(tokens, classes).logits) and rest["step"] == 3
-        teacher, _ = model.load_model(path, ema=True)
+        teacher, _ = sample.load_model(path, ema=True)
         assert not torch.equal(teacher(tokens, classes).logits, net(tokens, classes).logits)
 
         model.SIZES["test"] = (3, 2, 32)  # LlamaGen's files do not say how many heads there are
@@ -856,23 +856,23 @@ def test_checkpoints_of_both_kinds():
             for content in (state, {"model": state, "args": arguments},
                             {"model": state | {"freqs_cis": torch.zeros(17, 8, 2)}, "steps": 7}):
                 torch.save(content, path)
-                again, _ = model.load_model(path, image_size=64)
+                again, _ = sample.load_model(path, image_size=64)
                 assert torch.equal(again(tokens, classes).logits, net(tokens, classes).logits)
-            refuses(ValueError, "no EMA", model.load_model, path, ema=True)
+            refuses(ValueError, "no EMA", sample.load_model, path, ema=True)
             torch.save(state | {"surprise": torch.zeros(1)}, path)
-            refuses(ValueError, "no transformer surprise", model.load_model, path)
+            refuses(ValueError, "no transformer surprise", sample.load_model, path)
         finally:
             del model.SIZES["test"]
         torch.save(state, path)
-        refuses(ValueError, "3 layers width 32", model.load_model, path)
+        refuses(ValueError, "3 layers width 32", sample.load_model, path)
         names = ("tok_embeddings.weight", "cls_embedding.uncond_embedding")
         torch.save({"model": {name: torch.zeros(1) for name in names}}, path)
-        refuses(ValueError, "something else", model.load_model, path)
+        refuses(ValueError, "something else", sample.load_model, path)
         torch.save({"model": {"quantize.embedding.weight": torch.zeros(1)}}, path)
-        refuses(ValueError, "a VQ tokenizer", model.load_model, path)
+        refuses(ValueError, "a VQ tokenizer", sample.load_model, path)
         path.write_bytes(b"not weights")
-        refuses(ValueError, "damaged or no file of weights", model.load_model, path)
-        refuses(FileNotFoundError, "there is no file", model.load_model, Path(folder) / "y.pt")
+        refuses(ValueError, "damaged or no file of weights", sample.load_model, path)
+        refuses(FileNotFoundError, "there is no file", sample.load_model, Path(folder) / "y.pt")
 
 
 # ---- losses.py ---------------------------------------------------------------------------------------------
@@ -1061,7 +1061,7 @@ def test_losses_of_a_batch_by_hand():
     for b in range(8):
         for m in range(2):
             tokens, c = batch.tokens[b:b + 1, m, :-1], batch.classes[b:b + 1]
-            mask = batch.key_mask[2 * b + m][None]
+            mask = batch.key_mask[b, m][None]
             s = objective.student(tokens, c, key_mask=mask, layers=(2, 4)).hidden
             t = objective.teacher(tokens, c, layers=(2, 4)).hidden
             mim.append(losses.mim_loss(s[4], t[4]).item())
@@ -1310,7 +1310,7 @@ def test_divergence_stops_before_it_is_saved():
     content = checkpoint("diverged")
     content["model"]["norm.weight"][3] = math.nan
     torch.save(content, path)
-    refuses(ValueError, "checkpoint.pt norm.weight nan", model.load_model, path)
+    refuses(ValueError, "checkpoint.pt norm.weight nan", sample.load_model, path)
     refuses_all(train.main, "checkpoint.pt norm.weight nan | --name diverged --resume")
     refuses_all(sample.main, "checkpoint.pt norm.weight nan | runs/diverged")
 
@@ -1614,7 +1614,7 @@ def test_sample_script():
     assert one["arr_0"].shape == (10, 16, 16, 3) and one["arr_0"].dtype == np.uint8
     assert np.array_equal(one["arr_0"], two["arr_0"]) and one["protocol"] == two["protocol"]
     protocol = json.loads(str(one["protocol"]))
-    weights, _ = model.load_model(trained / "checkpoint.pt", ema=True)
+    weights, _ = sample.load_model(trained / "checkpoint.pt", ema=True)
     assert protocol["weights"] == "ema" and protocol["step"] == 1 and protocol["precision"] == "fp32"
     assert protocol["weights_digest"] == tokenizer.fingerprint(weights)
     assert one["classes"].tolist() == [f"class{i}" for i in range(4)]

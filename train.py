@@ -43,7 +43,7 @@ from tqdm import tqdm
 import losses
 import sample
 import tokenizer
-from model import SIZES, ModelConfig, Transformer, load_checkpoint, load_model
+from model import SIZES, ModelConfig, Transformer
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ class Config:
     views: Count = 2  # paper: views of each image in a batch (V)
     mask_ratio: Annotated[float, 0, 0.99] = 0.25  # paper: share of keys hidden from the student (r), with mim
     positions: Count = 4  # paper: positions sampled for the contrastive losses (K)
-    depth: Count = 3  # the block whose outputs they compare; paper: the middle one
+    depth: Count = 3  # the block that the contrastive losses compare; paper: the middle one
     alpha: Weight = 1.0  # paper: weight of L_MIM
     beta: Weight = 0.5  # paper: weight of (L_step + L_view) / 2
     temperature: Annotated[float, 1e-3, 1e3] = 0.2  # our choice: of InfoNCE; the paper prints none
@@ -93,7 +93,7 @@ class Config:
     weight_decay: Weight = 0.05  # LlamaGen: of matrices, embeddings included
     clip: Annotated[float, 1e-6, math.inf] = 1.0  # LlamaGen: largest gradient norm
     # run
-    seed: Annotated[int, 0, 2 ** 32 - 1] = 0  # of everything random but the tokenizer
+    seed: Annotated[int, 0, 2 ** 32 - 1] = 0  # of everything random but tokenizer and held-out images
     device: str = ""  # cpu, cuda or cuda:N; default: cuda if there is one
     compile: bool = True  # torch.compile; a CPU only does it when asked to
     log_every: Count = 10  # steps between lines of metrics.jsonl
@@ -106,6 +106,11 @@ class Config:
     def terms(self) -> list[str]:
         """The terms of Eq. 8 that are on: "ar" and any of "mim", "step", "view"."""
         return self.losses.split("+")
+
+    @property
+    def contrast(self) -> bool:
+        """Whether any contrastive loss is on."""
+        return "step" in self.terms or "view" in self.terms
 
     @property
     def folder(self) -> Path:
@@ -192,7 +197,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
 def check_config(c: Config, world: int) -> None:
     """Raise ValueError for settings that are not possible together."""
     on, n_layer, crops = c.terms, SIZES[c.model][0], 10 * len(c.crop_ratios)
-    contrast = "step" in on or "view" in on
     for wrong, sentence in (
         (c.depth > n_layer, f"--depth {c.depth}: model {c.model} has layers 1 ... {n_layer}"),
         (c.views > crops, f"--views {c.views}: an image has {crops} crops"),
@@ -200,7 +204,7 @@ def check_config(c: Config, world: int) -> None:
         ("step" in on and c.positions < 2, "the step loss compares at least 2 --positions"),
         (c.batch % (world * c.accumulate) > 0,
          f"--batch {c.batch} must be a multiple of {world} process(es) x {c.accumulate} micro-batch(es)"),
-        (contrast and c.batch < 2 * c.accumulate, "step and view loss compare at least 2 images at a time"),
+        (c.contrast and c.batch < 2 * c.accumulate, "step and view loss compare at least 2 images at a time"),
         (c.image_size > 64 and not (c.data and c.tokenizer not in ("shipped", "train")),
          f"--image-size {c.image_size} needs --data DIR, ImageNet's, and --tokenizer vq_ds16_c2i.pt, "
          "published at huggingface.co/FoundationVision/LlamaGen"),
@@ -212,7 +216,7 @@ def check_config(c: Config, world: int) -> None:
 # ---- Batches -----------------------------------------------------------------------------------------------
 
 def seed_of(*key: int) -> int:
-    """A seed made of `key` alone: no state to save. Its second number: 0 orders, 1 batches, 2 dropout."""
+    """A seed made of `key` alone: no state to save. key[1] says of what: 0 order, 1 batch, 2 dropout."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -226,7 +230,7 @@ class Batch(NamedTuple):
     """What one process computes with in one step."""
     tokens: torch.Tensor  # (B, V, T) int64
     classes: torch.Tensor  # (B,) int64, the null class where the label was dropped
-    key_mask: torch.Tensor  # (B V, T) bool, True where a key is hidden from the student
+    key_mask: torch.Tensor  # (B, V, T) bool, True where a key is hidden from the student
     positions: torch.Tensor  # (K,) int64
 
 
@@ -235,8 +239,8 @@ def draw_batch(config: Config, cache: tokenizer.TokenCache, step: int, rank: int
 
     Views, label drops, masks and positions are drawn for the whole batch and then sliced, so that any number
     of processes sees the same.
-    our choice: a label is dropped once per image. Student, teacher and both views see the same class, or the
-    teacher would give it away.
+    our choice: a label is dropped once per image, for student, teacher and all views alike; else a student
+    under the null class would be matched to features that contain the label.
     """
     B_all, V, T = config.batch, config.views, cache.tokens.shape[2]
     rows = np.flatnonzero(cache.labels >= 0)  # the images that could be read
@@ -253,7 +257,7 @@ def draw_batch(config: Config, cache: tokenizer.TokenCache, step: int, rank: int
     tokens = torch.from_numpy(cache.tokens[images[mine, None], crops[mine]].astype(np.int64))  # (B, V, T)
     null = len(cache.meta["classes"])
     classes = torch.from_numpy(cache.labels[images[mine]]).masked_fill(dropped[mine], null)
-    return Batch(tokens, classes, key_mask.view(B_all, V, T)[mine].flatten(0, 1), positions)
+    return Batch(tokens, classes, key_mask.view(B_all, V, T)[mine], positions)
 
 
 # ---- The training step: Figure 3 of the paper --------------------------------------------------------------
@@ -269,8 +273,7 @@ class Objective(nn.Module):
         super().__init__()
         self.config, self.rank = config, rank
         self.student = student
-        contrast_on = "step" in config.terms or "view" in config.terms
-        self.projector = losses.projector(student.config.dim) if contrast_on else nn.Identity()
+        self.projector = losses.projector(student.config.dim) if config.contrast else nn.Identity()
         self.teacher = copy.deepcopy(student).eval().requires_grad_(False)  # no dropout, ever
 
     def forward(self, tokens, classes, key_mask, positions) -> dict[str, torch.Tensor]:
@@ -280,16 +283,16 @@ class Objective(nn.Module):
         tokens = tokens.flatten(0, 1)  # (B V, T): all views in one batch
         inputs = tokens[:, :-1], classes.repeat_interleave(V)  # x_1 ... x_{T-1} and c, of each view
 
-        mask = key_mask if mim_on else None  # our choice: keys are hidden exactly when L_MIM is on
+        mask = key_mask.flatten(0, 1) if mim_on else None  # our choice: hide keys exactly when L_MIM is on
         logits, features, _ = self.student(*inputs, key_mask=mask, layers=(depth, last))
         terms, log = {"ar": losses.ar_loss(logits, tokens)}, {}  # Eq. 2, under the mask of Eq. 3
-        if mim_on or step_on or view_on:
+        if mim_on or self.config.contrast:
             with torch.no_grad():  # no key masked, no gradient, no logits; blocks as far as needed
                 layers = (depth, last) if mim_on else (depth,)
                 targets = self.teacher(*inputs, layers=layers, head=False).hidden
         if mim_on:
             terms["mim"] = losses.mim_loss(features[last], targets[last])  # Eq. 4
-        if step_on or view_on:
+        if self.config.contrast:
             def by_slot(x):  # (B V, K, C) -> (V, K, B, C)
                 return x.unflatten(0, (-1, V)).permute(1, 2, 0, 3)
 
@@ -326,9 +329,8 @@ def make_optimizer(objective: Objective, config: Config) -> torch.optim.Optimize
     prints 0.05 beside "same setting as LlamaGen": a typo).
     """
     trained = [p for p in objective.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim >= 2]
-    vectors = [p for p in trained if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    groups = [dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay),
+              dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
@@ -365,7 +367,7 @@ def read_checkpoint(folder: Path) -> dict:
         there = sorted(other.parent.name for other in Path("runs").glob("*/checkpoint.pt"))
         raise FileNotFoundError(f"nothing to resume in {folder}; --name can be one of {there}.")
     try:
-        return load_checkpoint(path, whole=True)
+        return sample.load_checkpoint(path, whole=True)
     except (ValueError, OSError) as error:
         if previous.exists():
             raise ValueError(f"{error} The checkpoint before it is kept: rename {previous} to checkpoint.pt "
@@ -377,7 +379,7 @@ def resumed_config(config: Config, given: dict, checkpoint: dict) -> Config:
     """The settings that the run began with; ValueError if those given by hand or the tokenizer are others."""
     folder, begun = config.folder, checkpoint["config"]
     kinds = {field.name: type(field.default) for field in fields(Config)}
-    if begun.keys() != kinds.keys() or not all(isinstance(begun[name], (kinds[name], int)) for name in kinds):
+    if begun.keys() != kinds.keys() or not all(isinstance(begun[name], kinds[name]) for name in kinds):
         raise ValueError(f"{folder} was begun by another version of train.py; go on with that.")
     saved = replace(Config(**begun), name=config.name, device=config.device, compile=config.compile)
     may_change = {"data", "subset", "tokenizer", "cache", "skip_corrupt", "compile", "log_every"}
@@ -428,7 +430,7 @@ def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
         refuse_used_folder(config)
     check_config(config, world)
     if config.init and not resume:
-        init = load_model(config.init, image_size=config.image_size)[0]
+        init = sample.load_model(config.init, image_size=config.image_size)[0]
     found = tokenizer.prepare(config, device, store)
     cache = found.train
     config = replace(config, data=found.data, subset=found.subset, tokenizer=found.tokenizer)
@@ -486,7 +488,7 @@ def batches(run: Run) -> Iterator[Batch]:
 
 
 def train_step(run: Run, forward: nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
-    """One optimizer step, up to the EMA update; returns what to log. `forward` wraps run.objective.
+    """One optimizer step, the EMA update included; returns what to log. `forward` wraps run.objective.
 
     Nothing in here waits for the device.
     """
@@ -600,9 +602,11 @@ def wrapped(run: Run) -> nn.Module:
     forward = run.objective
     if run.world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False)
-    # on a GPU Triton looks for a C compiler, on a CPU Inductor for one of C++
-    variable, *compilers = ("CC", "gcc", "clang") if run.device.type == "cuda" else ("CXX", "g++", "clang++")
-    if run.config.compile and (os.environ.get(variable) or any(map(shutil.which, compilers))):
+    if run.device.type == "cuda":  # Triton needs a C compiler, on a CPU Inductor one of C++
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    else:
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if run.config.compile and compiler:
         return torch.compile(forward)
     if run.config.compile and run.rank == 0:
         print("!! torch.compile needs a compiler (install gcc and g++): training without it, slower.")
