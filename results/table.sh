@@ -173,11 +173,11 @@ commit, seed, versions, minutes and every number. `bash results/run.sh` trains, 
 Twenty classes of Tiny ImageNet (assets/tiny-imagenet-20.txt) at 32 px, shipped tokenizer, CPU preset `tiny` at other
 `--steps`, unless said; student weights, one thread per run, two runs side by side on two cores. Probe: top-1 in %,
 under the null class, on 1,000 held-out images, the contrast layer (2 of 4) unless said. Samples: 5,000 per run and
-guidance scale; 1.25 only for AR and all losses after 8,000 and 16,000 steps and for the runs on the GPU, so that the
-best scale of other rows is the best without it. ± is half of a 95 % interval over seeds; differences are taken seed
-by seed (the same order of data, initial weights and masks). Lines with `--compile` in their command differ from what
-they would be without by rounding only. What questions.md calls a change of code stands in the line as "diff", for
-`git apply` on its commit.""",
+guidance scale; 1.25 only for AR and all losses after 8,000 steps, for all rows after 16,000 and for the runs on the
+GPU, so that the best scale of other rows is the best without it. ± is half of a 95 % interval over seeds; differences
+are taken seed by seed (the same order of data, initial weights and masks). Lines with `--compile` in their command
+differ from what they would be without by rounding only. What questions.md calls a change of code stands in the line
+as "diff", for `git apply` on its commit.""",
         f"## Each loss: {MAIN:,} steps (the paper's Table 3)", "Understanding", table(table3, UNDERSTANDING, AR),
         *samples_of(table3, AR, references=("reconstructions", "originals"))]
 LONGER = "AR, 1.3 times the steps"
@@ -203,6 +203,11 @@ compare with those of twenty. The probe learns from 10,000 training images; chan
 samples were drawn and scored on a CPU, in float32.""",
          table(gpu, UNDERSTANDING, AR), *samples_of(gpu, AR, (1, 1.25, 1.5, 2)), bounds(gpu[AR][0])]
 text += ["## The CPU preset `tiny` as it is: 5,000 steps", table({ALL: runs[5000, "all"]}, UNDERSTANDING)]
+shapes = {name: runs[600, f"shapes-{v}"] for v, name in LOSSES.items() if (600, f"shapes-{v}") in runs}
+text += ["## The preset `nano` as it is: 600 steps of drawn shapes",
+         "Each seed with a tokenizer of its own ([questions.md](questions.md)), which the held-out losses depend on; "
+         "12 classes, 600 held-out images.",
+         table(shapes, UNDERSTANDING, AR), *samples_of(shapes, AR, (1, 1.5)), bounds(shapes[AR][0])]
 first = {variant: {0: seeds[0]} for (steps, variant), seeds in sorted(runs.items()) if steps == MAIN and 0 in seeds}
 text += ["## Mask ratio, depth, positions (the paper's Tables 4, 5, 6)",
          "Seed 0; in brackets the paper's FID. The probe reads the layer that the contrast works on. Expectations "
