@@ -477,13 +477,30 @@ def test_quantizer_is_nearest_code_with_straight_through_gradient():
     assert torch.allclose(through, direct, atol=1e-6)
 
 
+def test_golden_numbers_of_the_vq_model():
+    """Once compared with LlamaGen's own code (vq_model.py): equal codes, pixels to 4e-6."""
+    vq = tokenizer.VQModel(tokenizer.VQConfig(codebook_size=50, ch=32, ch_mult=(1, 2), z_channels=16)).eval()
+    for i, (name, p) in enumerate(sorted(vq.named_parameters())):
+        wave = (torch.arange(p.numel(), dtype=torch.float64) ** 2 * (i + 1.7)).sin().float().view_as(p)
+        p.data = wave * math.sqrt(2 / p[0].numel()) if p.ndim > 1 else 0.1 * wave
+        if p.ndim == 1 and name.endswith("weight"):
+            p.data = 1 + 3 * p
+    x = (torch.arange(3 * 16 * 16, dtype=torch.float64) ** 2 * 0.37).sin().float().view(1, 3, 16, 16)
+    codes = vq.encode(x)
+    assert codes[0, :12].tolist() == [7, 46, 24, 45, 34, 43, 45, 45, 33, 43, 1, 16]
+    golden = torch.tensor([[0.08447, -0.67135, -0.05025], [-0.09860, 0.82222, -0.29477],
+                           [0.03437, 0.72788, -0.19942]])
+    assert torch.allclose(vq.decode(codes)[0][:, [0, 7, 15], [3, 8, 14]], golden, atol=1e-4, rtol=0)
+
+
 def test_dead_codes_are_restarted():
+    torch.manual_seed(0)
     quantize = tokenizer.VectorQuantizer(tokenizer.VQConfig(codebook_size=10))
     before, latents = quantize.embedding.weight.clone(), torch.randn(20, 8)
     quantize.restart(torch.arange(10) >= 7, latents)
     assert torch.equal(quantize.embedding.weight[:7], before[:7])
     distance = torch.cdist(quantize.embedding.weight[7:], F.normalize(latents, dim=-1))
-    assert distance.min(1).values.max() < 1e-5
+    assert distance.min(1).values.max() < 1e-5 and len(distance.argmin(1).unique()) > 1
 
 
 def test_tokenizer_learns():
@@ -739,18 +756,20 @@ def test_first_loss_is_ln_v():
     tokens, classes = some_tokens(count=16, vocab=37)
     loss = losses.ar_loss(net(tokens[:, :-1], classes).logits, tokens)
     assert abs(loss.item() - math.log(37)) < 1e-5
+    assert abs(net.layers[0].feed_forward.w1.weight.std() / 0.02 - 1) < 0.05
 
 
 def test_golden_numbers():
     """Logits for weights that are sines, once compared with LlamaGen's own code (gpt.py): identical."""
     net = model.Transformer(model.ModelConfig(2, 2, 32, vocab_size=11, num_classes=5, num_tokens=16)).eval()
     for i, (name, p) in enumerate(sorted(net.named_parameters())):
-        p.data = (torch.arange(p.numel(), dtype=torch.float64) * (i + 1.7)).sin().float().view_as(p) * 0.3
+        wave = (torch.arange(p.numel(), dtype=torch.float64) * (i + 1.7)).sin().float().view_as(p)
+        p.data = 0.6 * wave if p.ndim > 1 else 1 + 0.3 * wave  # attention that is not flat
     tokens = torch.arange(15)[None] * 7 % 11
     logits = net(tokens, torch.tensor([3])).logits[0]
-    golden = torch.tensor([[0.10951, 0.07414, -0.13105], [0.01360, 0.01328, -0.01746],
-                           [0.02300, 0.03490, -0.03314], [-0.00973, 0.06617, -0.00949]])
-    assert torch.allclose(logits[[0, 1, 7, 15]][:, [0, 5, 10]], golden, atol=2e-5)
+    golden = torch.tensor([[-5.64374, -10.92551, 8.81785], [5.65620, 9.74436, -8.48716],
+                           [11.06370, 5.33015, -12.61223], [-12.07770, 5.20766, 10.56476]])
+    assert torch.allclose(logits[[0, 1, 7, 15]][:, [0, 5, 10]], golden, atol=1e-3, rtol=0)
 
 
 def test_causality():
@@ -895,9 +914,10 @@ def test_the_maps_of_equations_and_figures_are_true():
 
 
 def test_key_masks():
-    mask = losses.sample_key_mask(50, 64, 0.25, torch.Generator().manual_seed(0))
-    assert mask.shape == (50, 64) and (mask.sum(1) == round(0.25 * 63)).all() and not mask[:, 0].any()
-    assert mask.float().mean(0)[1:].min() > 0  # every position is hidden now and then
+    for ratio, count in ((0.25, 16), (0.4, 25)):  # of 63; of 64 it would be 26
+        mask = losses.sample_key_mask(50, 64, ratio, torch.Generator().manual_seed(0))
+        assert mask.shape == (50, 64) and (mask.sum(1) == count).all() and not mask[:, 0].any()
+        assert mask.float().mean(0)[1:].min() > 0  # every position is hidden now and then
     for ratio in (-0.1, 1.0, float("nan")):
         refuses(ValueError, "mask ratio", losses.sample_key_mask, 2, 64, ratio, torch.Generator())
 
@@ -931,7 +951,7 @@ def test_info_nce_is_the_double_loop():
     loss, accuracy = losses.info_nce(a, t, 0.3, own_start=4)
     expected = np.mean([nce_by_hand(a[s, b], t[s], 4 + b, 0.3) for s in range(3) for b in range(4)])
     assert abs(loss.item() - expected) < 1e-5 and 0 <= accuracy <= 1
-    assert losses.info_nce(t, t, 0.1)[1] == 1
+    assert losses.info_nce(t[:, 4:8], t, 0.1, own_start=4)[1] == 1 > losses.info_nce(t[:, 4:8], t, 0.1)[1]
 
 
 def test_losses_are_float32_under_autocast():
@@ -1004,21 +1024,32 @@ def test_batches_do_not_depend_on_the_number_of_processes():
     assert torch.equal(whole.key_mask, torch.cat([part.key_mask for part in parts]))
     assert all(torch.equal(whole.positions, part.positions) for part in parts)
     assert same(list(whole), list(train.draw_batch(config, cache, 5, 0, 1)))
-    assert not torch.equal(whole.key_mask, train.draw_batch(config, cache, 6, 0, 1).key_mask)
+    for changes, step in (({}, 6), (dict(seed=1), 5)):
+        other = train.draw_batch(a_config(class_dropout=0.5, **changes), cache, step, 0, 1)
+        assert not any(map(torch.equal, whole, other))
+    assert not torch.equal(*whole.key_mask.view(8, 2, 16).unbind(1))  # each view has its own mask
+    kept, null = (train.draw_batch(a_config(class_dropout=share), cache, 5, 0, 1).classes
+                  for share in (0.0, 1.0))
+    dropped = whole.classes == 4  # the null class
+    assert (null == 4).all() and (kept < 4).all() and 0 < dropped.sum() < 8
+    assert torch.equal(whole.classes, kept.where(~dropped, null))
 
 
 def test_an_epoch_visits_each_image_once_with_different_views():
-    config, cache = a_config(class_dropout=0.0, batch=5), a_cache()
+    cache, orders, pairs = a_cache(), set(), set()
     key = {tuple(cache.tokens[i, v]): (i, v) for i in range(20) for v in range(10)}
-    for epoch in range(2):
-        seen = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        config, seen = a_config(class_dropout=0.0, batch=5, seed=seed), []
         for step in range(3):  # 19 readable images, batches of 5
             batch = train.draw_batch(config, cache, 3 * epoch + step, 0, 1)
             for views, label in zip(batch.tokens.tolist(), batch.classes.tolist()):
                 (i, a), (j, b) = (key[tuple(view)] for view in views)
                 assert i == j and a != b and label == cache.labels[i]
                 seen.append(i)
+                pairs.add((a, b))
         assert len(set(seen)) == 15 and 3 not in seen
+        orders.add(tuple(seen))
+    assert len(orders) == 3 and len(pairs) > 20  # of 90 there are
 
 
 def an_objective(config, rank=0, **changes):
@@ -1148,6 +1179,25 @@ def test_an_optimizer_step_by_hand():
         assert off <= 1e-3 * moved, (name, off, moved)
 
 
+def test_gradients_are_averaged_once_a_step():
+    quiet, averaged, config = [], [], a_config(accumulate=2)
+    objective, batch = an_objective(config), train.draw_batch(config, a_cache(), 0, 0, 1)
+
+    @contextlib.contextmanager
+    def no_sync():
+        quiet.append(1)
+        yield
+        quiet.clear()
+
+    forward = MagicMock(side_effect=lambda *piece: averaged.append(not quiet) or objective(*piece))
+    forward.no_sync = no_sync
+    run = a_run(config, objective)
+    train.train_step(run._replace(world=2), forward, batch, 0)
+    assert averaged == [False, True]
+    logs = [{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(3.0)}]
+    assert train.summarise(run, logs, 2, False) == ({"loss": 2.0}, False)
+
+
 def test_dropout_is_new_in_every_step_and_never_the_teachers():
     config = a_config(base_lr=1e-12, weight_decay=0.0, ema=1.0)
     objective = an_objective(config, dropout=0.5)
@@ -1155,8 +1205,12 @@ def test_dropout_is_new_in_every_step_and_never_the_teachers():
     first, second, again = (train.train_step(run, objective, batch, step)["loss_ar"] for step in (0, 1, 0))
     other = train.train_step(run._replace(rank=1), objective, batch, 0)["loss_ar"]  # of another process
     assert abs(first - again) < 1e-4 < min(abs(first - second), abs(first - other))
-    assert train.validation_loss(run) == train.validation_loss(run)  # no dropout in there
-    assert all(module.training for module in objective.student.modules())  # and back to it afterwards
+    value, rows = train.validation_loss(run), np.flatnonzero(run.held_out.labels >= 0)
+    assert all(module.training for module in objective.student.modules())  # dropout is back afterwards
+    tokens = torch.from_numpy(run.held_out.tokens[rows, 0].astype(np.int64))
+    logits = objective.student.eval()(tokens[:, :-1], torch.from_numpy(run.held_out.labels[rows])).logits
+    assert abs(value - losses.ar_loss(logits, tokens).item()) < 1e-5
+    objective.student.train()
     with tempfile.TemporaryDirectory() as folder, patch.object(train.Config, "folder", Path(folder)), \
             patch.object(sample, "save_samples") as save_samples:
         train.save(run, 1)
@@ -1222,7 +1276,11 @@ def test_flags_come_from_the_config():
     assert config.model == "nano" and config.ema_ramp is False and resume
     assert given == {"preset": "nano", "ema_ramp": False}
     assert train.parse_arguments(["--preset", "B", "--losses", "ar"])[0].name == "B-ar"
-    assert train.parse_arguments(["--preset", "B"])[0].crop_ratios == (1.1, 1.05)
+    paper = dict(views=2, mask_ratio=0.25, positions=4, depth=18, alpha=1.0, beta=0.5, ema=0.9999,
+                 ema_ramp=False, crop_ratios=(1.1, 1.05), base_lr=1e-4, schedule="constant", warmup=0,
+                 weight_decay=0.05, clip=1.0, class_dropout=0.1, dropout=0.1, batch=256,
+                 losses="ar+mim+step+view")
+    assert paper.items() <= train.asdict(train.parse_arguments(["--preset", "L"])[0]).items()
     parser = argparse.ArgumentParser()
     train.add_flag(parser, next(field for field in train.fields(train.Config) if field.name == "batch"), "N")
     assert "N (default 256, nano 32, tiny 512)" in parser.format_help()
@@ -1479,12 +1537,12 @@ def test_generation_is_greedy_and_guided_as_defined():
 def test_draws_are_torch_multinomials():
     """The sampler's draw leaves out multinomial's checks, nothing else: LlamaGen's tokens stay LlamaGen's."""
     net, classes = tiny_model(vocab_size=500), torch.tensor([0, 3, 4])
-    for top_k, top_p in ((0, 1.0), (7, 1.0), (0, 0.6)):
+    for top_k, top_p, temperature in ((0, 1.0, 1.0), (7, 1.0, 0.5), (0, 0.6, 2.0)):
         g = torch.Generator().manual_seed(3)
-        ours = sample.generate(net, classes, top_k=top_k, top_p=top_p, generator=g)
+        ours = sample.generate(net, classes, top_k=top_k, top_p=top_p, temperature=temperature, generator=g)
         tokens, g = torch.zeros(3, 0, dtype=torch.long), torch.Generator().manual_seed(3)
         for _ in range(16):
-            logits = sample.filter_logits(net(tokens, classes).logits[:, -1], top_k, top_p)
+            logits = sample.filter_logits(net(tokens, classes).logits[:, -1] / temperature, top_k, top_p)
             tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=g)], 1)
         assert torch.equal(ours, tokens)
 
@@ -1730,6 +1788,7 @@ def test_probe_training_is_sgd_with_momentum_and_a_falling_rate():
         weight = ours.weight.unflatten(-1, (2, 4))[0, :, h]
         assert torch.allclose(weight, linear.weight.T, atol=1e-5) and weight.abs().max() > 0.05
         assert torch.allclose(ours.bias.unflatten(-1, (2, 4))[0, 0, h], linear.bias, atol=1e-5)
+    assert not ours.training  # or test images would be normalised by each other
 
 
 def test_probe_settings_are_chosen_on_other_images():
@@ -1802,6 +1861,47 @@ def test_attention_numbers():
     weights = next(probe.attention_maps(net, tokens.numpy()))[0]
     numbers = probe.attention_numbers(weights, 4)
     assert np.allclose(sum(np.array(numbers[kind]) for kind in probe.MASSES), 1, atol=1e-5)
+
+
+def test_probe_pairs_features_with_labels_and_images():
+    caches = a_cache(), a_cache(12, 1)
+    subject = probe.Subject("x", tiny_model(num_classes=4), 2, None, *caches, None, 1.1, False, {})
+    with tempfile.TemporaryDirectory() as folder, patch.object(probe, "linear_probe", return_value=[]) as fit:
+        args = argparse.Namespace(train_images=0, crops=2, seed=0, out=Path(folder))
+        probe.probe_subject(subject, [2], args)
+        x, labels, images, x2, labels2, K, _ = fit.call_args.args
+        for cache, features, truth, each in ((caches[0], x, labels, 2), (caches[1], x2, labels2, 1)):
+            whole = probe.extract(subject.model, cache.tokens.reshape(-1, 16), [2], Path(folder))
+            found = (features[:, None] == whole).flatten(2).all(-1)  # (rows, N V): which crop a row is of
+            assert (found.sum(1) == 1).all() and found.sum() == each * (len(cache.labels) - 1)
+            place = found.int().argmax(1) // cache.tokens.shape[1]
+            assert torch.equal(truth, torch.from_numpy(cache.labels)[place]) and (truth >= 0).all()
+            assert each == 1 or torch.equal(place, images)
+            assert found.any(0).sum() == len(features)  # no crop twice
+
+
+def test_attention_is_drawn_where_it_lies():
+    """Each query looks at its own token: blue and the red frame meet."""
+    cache = a_cache(12, 1)
+    cache.meta["image_size"] = 16
+    images = argparse.Namespace(read=lambda i: Image.new("RGB", (16, 16)))
+    subject = probe.Subject("x", tiny_model(num_classes=4), 2, None, cache, cache, images, 1.1, False, {})
+    args = argparse.Namespace(map_steps=None, map_images=[0], map_layers=[], seed=0)
+    with patch.object(probe, "attention_maps", return_value=[torch.eye(16).expand(1, 3, 16, 16)]), \
+            patch.object(probe, "tinted", wraps=probe.tinted) as tinted:
+        probe.draw_attention([subject], args)
+    calls = [call.args[1:] for call in tinted.call_args_list]  # steps 4, 8, 12 and 16 of 16
+    assert [current for _, current in calls] == [2, 6, 10, 14]
+    assert all(weights.argmax() == current and weights.sum() == 1 for weights, current in calls)
+
+
+def test_probe_numbers_in_closed_form():
+    eye = torch.eye(5)
+    x = (eye[:2, None] + 2 * eye[2:])[:, None]  # 2 images, 3 steps
+    assert np.allclose(list(probe.consistency(torch.cat([x, -x], 1)).values()), [0.2, -1, 0.8])
+    assert np.allclose(probe.wilson(8, 10), [0.49016, 0.94332], atol=1e-4)
+    total, weight = 1 / 3 + (1 + math.sqrt(2)) / 4, 1 / 2 + 2 / 3 + 3 / 4  # of three queries on a 2 x 2 grid
+    assert abs(probe.even_distance(4) - total / weight) < 1e-6
 
 
 def test_probe_script():
@@ -1945,6 +2045,12 @@ def test_fid_inception_is_pytorch_fids():
         got = [found.pool.mean(), found.pool.std(), found.pool[:, -192:].mean(), found.spatial.mean(),
                found.probabilities.max()]
         assert np.allclose(got, golden, rtol=1e-4, atol=0), (resize, got)
+    seen, small = [], noise[:, :5, :7]
+    network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    fid.inception_extractor(network, "pytorch-fid")(small)
+    x = torch.from_numpy(small).movedim(-1, 1).float()
+    expected = F.interpolate(x, (299, 299), mode="bilinear") / 127.5 - 1
+    assert torch.allclose(seen[0], expected, atol=1e-6)
 
 
 def test_fid_inception_weights():
@@ -2004,7 +2110,19 @@ def test_fid_sides_and_statistics():
         assert abs(a.score / b.score - 1) < 1e-6 and a.agreement == b.agreement
         row = fid.compare(a, b)
         assert max(abs(row["FID"]), abs(row["sFID"])) < 1e-6 and row["precision"] == row["recall"] == 1
-        assert len(fid.feature_statistics(sides[0], mean_features, 4, keep=5).features) == 5
+        exact = mean_features(pixels)
+        assert np.allclose(a.moments["mu_s"], exact.spatial.mean(0))
+        assert a.agreement == np.mean(exact.probabilities.argmax(1).numpy() == labels)
+        some = fid.feature_statistics(sides[0], mean_features, 4, keep=5).features
+        assert np.allclose(some, exact.pool[[0, 2, 5, 7, 10]])  # evenly spaced
+        rng = np.random.default_rng(0)
+        wide, narrow = (fid.Statistics({}, scale * rng.standard_normal((30, 6)), score)
+                        for scale, score in ((1, 1.0), (0.3, 2.0)))
+        row = fid.compare(wide, narrow)
+        assert row["precision"] == 1 > row["recall"] and row["IS"] == 2
+        np.savez(npz, arr_0=pixels, mu=a.moments["mu"] + 1, sigma=a.moments["sigma"])  # ADM's reference files
+        assert np.allclose(fid.feature_statistics(fid.npz_side(npz), mean_features).moments["mu"],
+                           a.moments["mu"] + 1)
         np.savez(npz, **a.moments)  # statistics alone
         again = fid.npz_side(npz)
         row = fid.compare(fid.feature_statistics(again, mean_features), b)
@@ -2605,7 +2723,7 @@ def test_documents_name_what_exists():
 
 
 def test_exercises_fit_the_code():
-    """Every line that an exercise takes out stands in the file that the exercise names."""
+    """Every line that an exercise takes out stands in the code."""
     code = "".join(path.read_text() for path in HERE.glob("*.py") if path.name != "test_all.py").splitlines()
     diffs = re.findall(r"```diff\n(.*?)```", DOCUMENTS[HERE / "coursework" / "README.md"], re.S)
     removed = [line[1:] for diff in diffs for line in diff.splitlines() if line.startswith("-")]
