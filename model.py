@@ -88,10 +88,10 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 class Attention(nn.Module):
     """Multi-head attention.
 
-    rope     (t, D/2, 2), the rows of `rope_table` for these positions
-    allowed  (B or 1, 1, t, s) bool, which query may see which key; None: those before it and its own
-    extend   puts the keys and values of a cache before those of this call; None: there is no cache
-    explicit  whether to write the softmax out and return its weights (B, H, t, s), else None
+    rope      (t, D/2, 2), the rows of `rope_table` for these positions
+    allowed   (B or 1, 1, t, s) bool, which query may see which key; None: its own and all before it
+    extend    puts the keys and values of a cache before those of this call; None: there is no cache
+    explicit  whether to write the softmax out and to return its weights, (B, H, t, s), instead of None
     """
 
     def __init__(self, config: ModelConfig):

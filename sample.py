@@ -1,4 +1,4 @@
-"""Images out: generation (temperature, top-k, top-p, classifier-free guidance, KV cache), grids and plots.
+"""Checkpoints in, images out: sampling (temperature, top-k, top-p, guidance, KV cache), grids and plots.
 
 ST-AR (arXiv 2509.15185) does not change sampling; this is LlamaGen's (arXiv 2406.06525, generate.py), token
 for token.

@@ -4,7 +4,7 @@
     python test_all.py nce mask   # only tests whose name contains one of these words
     python test_all.py --stress   # instead: a job killed thirty times; 1, 2 and 4 processes compared
 
-Also collected by pytest. The last line is "N passed, N failed".
+Collected by pytest, too, but for those of a GPU. The last line is "N passed, N failed".
 """
 
 import argparse
@@ -92,11 +92,13 @@ def run(main, *argv):
 
 
 def launch(name, *argv, processes=1):
-    """Start a script in the workshop as a process, or as several by torchrun."""
+    """Start a script in the workshop as a process, or several by torchrun; none outlives the tests."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *torchrun * (processes > 1), HERE / name, *words_for_cpu(argv)]
-    return subprocess.Popen(command, cwd=workshop(), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, cwd=workshop(), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    atexit.register(process.terminate)  # nothing happens if it has ended
+    return process
 
 
 def finish(process):
@@ -2643,7 +2645,7 @@ def test_fid_refuses_settings_and_files():
 
 
 class Hostile:
-    """A pickle of this leaves a file, runs/trained/ran in the workshop, where it is read carelessly."""
+    """A pickle of this leaves a folder, `ran` in the workshop, where it is read carelessly."""
 
     def __reduce__(self):
         return os.mkdir, (str(workshop() / "ran"),)
