@@ -103,7 +103,7 @@ def launch(name, *argv, processes=1):
 
 def finish(process):
     """Wait for a launched script, which must succeed."""
-    err = process.communicate(timeout=150)[1]
+    err = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, err[-3000:]
 
 
@@ -518,6 +518,18 @@ def test_tokenizer_learns():
     assert torch.allclose(vq.decode(codes), vq(tokenizer.to_float(pixels))[0], atol=1e-5)
 
 
+def test_perceptual_loss_by_hand_and_in_the_training():
+    a, b = torch.eye(3)[:2].view(2, 1, 3, 1, 1)  # images (1, 3, 1, 1)
+    assert tokenizer.perceptual_loss(lambda x: ([x, 5 * x], None), 2 * a, b) == 2  # at right angles
+    assert tokenizer.perceptual_loss(lambda x: ([x, 5 * x], None), 2 * a, a) == 0
+    images = tokenizer.open_images(workshop() / "images")
+    config = tokenizer.replace(tokenizer.VQ_CONFIGS["vq_ds4"], codebook_size=64)
+    whiter = patch.object(tokenizer, "perceptual_loss", lambda net, made, x: 10 * (1 - made).mean())
+    with whiter:
+        vq = tokenizer.train_tokenizer(images, 16, config, steps=20, batch=8)
+    assert vq(tokenizer.to_float(tokenizer.held_out_pixels(images, 16, 10)))[0].mean() > 1
+
+
 def test_cache_shards_resumes_and_refuses():
     root = workshop()
     vq, images = tokenizer.load_tokenizer(root / "vq.pt"), tokenizer.open_images(root / "images")
@@ -772,6 +784,17 @@ def test_golden_numbers():
     golden = torch.tensor([[-5.64374, -10.92551, 8.81785], [5.65620, 9.74436, -8.48716],
                            [11.06370, 5.33015, -12.61223], [-12.07770, 5.20766, 10.56476]])
     assert torch.allclose(logits[[0, 1, 7, 15]][:, [0, 5, 10]], golden, atol=1e-3, rtol=0)
+
+
+def test_dropout_is_in_three_places():
+    net, (tokens, classes) = tiny_model().train(), some_tokens()
+    drops = {name: part for name, part in net.named_modules() if isinstance(part, torch.nn.Dropout)}
+    for kind, count in (("", 0), ("tok_dropout", 1), ("resid_dropout", 3), ("ffn_dropout", 3)):
+        assert sum(name.endswith(kind) for name in drops) == (count or 7)
+        for name, part in drops.items():
+            part.p = 0.5 * bool(kind and name.endswith(kind))
+        first, second = (net(tokens, classes).logits for _ in range(2))
+        assert torch.equal(first, second) == (not kind), kind
 
 
 def test_causality():
@@ -1320,11 +1343,27 @@ def test_accumulation_equals_one_batch():
     assert len(metrics("in-1")) == 2
     for a, b in zip(metrics("in-1"), metrics("in-4")):
         assert all(abs(a[name] - b[name]) < 1e-4 for name in ("loss", "loss_ar", "loss_mim", "grad_norm"))
+    run(train.main, *SMALL, "--name", "halves", "--steps", 1, "--accumulate", 2)
+    assert metrics("halves")[0]["negatives"] == 3  # with contrast there is
+
+
+def test_a_run_begins_with_its_seed():
+    """The weights before the first step, which previous.pt keeps."""
+    trained_run()
+    run(train.main, *SMALL, "--name", "seeded", "--steps", 1, "--seed", 1)
+    for seed, name in enumerate(("trained", "seeded")):
+        begun = torch.load(workshop() / "runs" / name / "previous.pt", weights_only=True)
+        torch.manual_seed(seed)
+        start = model.Transformer(model.ModelConfig(**begun["model_config"])).state_dict()
+        assert begun["step"] == 0 and same(begun["model"], start) and same(begun["ema"], start)
+
+
+PATIENCE = 300  # seconds for a launched script to do what a quiet machine does in ten
 
 
 def wait_for_step(name, step, process):
     """Return once a launched training has reported this step."""
-    deadline = time.time() + 100
+    deadline = time.time() + PATIENCE
     while not (metrics(name) and metrics(name)[-1]["step"] >= step):
         assert process.poll() is None and time.time() < deadline, process.communicate()[1][-3000:]
         time.sleep(0.01)
@@ -1350,11 +1389,15 @@ def test_killed_and_resumed_is_bit_identical():
 def test_one_of_two_processes_killed():
     """The other ends in one sentence, without a traceback of ours, and its checkpoint stays."""
     settings = [*SMALL, "--steps", 5000, "--save-every", 20, "--log-every", 2, "--samples", 0]
-    process = launch("train.py", *settings, "--name", "bereft", processes=2)
+    telling = workshop() / "telling.py"  # train.py, which first writes down its process id
+    telling.write_text(f"""import os, pathlib, runpy, sys
+sys.path.insert(0, {str(HERE)!r})
+pathlib.Path("pid-" + os.environ["RANK"]).write_text(str(os.getpid()))
+runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")""")
+    process = launch(telling, *settings, "--name", "bereft", processes=2)
     wait_for_step("bereft", 4, process)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], stdout=subprocess.PIPE, text=True).stdout
-    os.kill(int(workers.split()[-1]), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    os.kill(int((workshop() / "pid-1").read_text()), signal.SIGKILL)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode and "another process of this run died; --resume" in err, err[-3000:]
     assert "]: Traceback" not in err and checkpoint("bereft")["step"] % 20 == 0
 
@@ -1476,7 +1519,7 @@ def test_ctrl_c_saves_and_says_how_to_resume():
     process = launch("train.py", *SMALL, "--name", "stopped", "--steps", 2000, "--save-every", 1000)
     wait_for_step("stopped", 2, process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in err, err[-2000:]
     assert "--resume --name stopped" in out and checkpoint("stopped")["step"] >= 2
 
@@ -1704,6 +1747,13 @@ def test_pictures():
     assert np.array_equal(np.asarray(two), np.asarray(one))
 
 
+def test_a_grid_spreads_its_classes():
+    with patch.object(sample, "sample_grid") as grid, patch.object(sample, "save_image"):
+        for count, classes in ((6, [0, 0, 1, 1, 2, 2]), (2, [0, 1]), (1, [0])):
+            sample.save_samples(Path("x.png"), None, None, count, list("abc"), 0)
+            assert grid.call_args.args[2] == classes
+
+
 def test_llamagens_files():
     """Files in the published format, random weights: encode, decode and sample from them."""
     root = workshop()
@@ -1904,6 +1954,20 @@ def test_probe_numbers_in_closed_form():
     assert np.allclose(probe.wilson(8, 10), [0.49016, 0.94332], atol=1e-4)
     total, weight = 1 / 3 + (1 + math.sqrt(2)) / 4, 1 / 2 + 2 / 3 + 3 / 4  # of three queries on a 2 x 2 grid
     assert abs(probe.even_distance(4) - total / weight) < 1e-6
+
+
+def test_codes_that_change_are_counted():
+    """Shift by shift against the crop that was not moved, the third of seven."""
+    codes = np.zeros((4, 7, 16), np.int64)
+    for shift in range(1, 5):
+        codes[:, 2 + shift, :shift * 3] = 1
+    caches = a_cache(), a_cache(12, 1)
+    subject = probe.Subject("x", tiny_model(num_classes=4), 2, None, *caches, None, 1.1, False, {})
+    with tempfile.TemporaryDirectory() as folder, patch.object(probe, "probe_subject", return_value=[]), \
+            patch.object(probe, "crops_and_codes", return_value=(None, codes)):
+        args = argparse.Namespace(layers=[], images=4, seed=0, out=Path(folder))
+        changed = probe.measure(subject, args)["codes_changed"]
+    assert changed == {1: 3 / 16, 2: 6 / 16, 4: 9 / 16, 8: 12 / 16}
 
 
 def test_probe_script():
@@ -2219,6 +2283,10 @@ def test_fid_classifier():
         assert same(network.state_dict(), again.state_dict())
         got = fid.feature_statistics(fid.image_side(val), fid.classifier_extractor(again), 5)
         assert got.agreement > 0.6 and f"{got.agreement:.1%}" in line
+        others = tokenizer.replace(val, labels=(val.labels + 1) % 3)  # most of which are wrong
+        line = fid.load_classifier(train, others, 16, 12, Path(folder, "elsewhere"))[1]
+        wrong = fid.feature_statistics(fid.image_side(others), fid.classifier_extractor(again)).agreement
+        assert wrong < 0.4 and f"right on {wrong:.1%} of" in line
         row = fid.compare(got, got, "-c")
         assert list(row) == ["FD-c", "IS-c", "precision-c", "recall-c", "class agreement"]
         assert abs(row["FD-c"]) < 1e-6 and row["IS-c"] == got.score
@@ -2227,6 +2295,23 @@ def test_fid_classifier():
         (real / "red" / "0.bmp").write_bytes((real / "green" / "0.bmp").read_bytes())
         changed = [some.fingerprint for some in sets()]
         assert changed != [train.fingerprint, val.fingerprint]  # a picture replaced by another of its length
+
+
+def test_what_the_classifier_learns_from():
+    """All shifts up to an eighth, both flips, each with its label; and what is taken of many images."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)  # no two pixels alike
+    whole = np.stack([ramp, 255 - ramp])
+    images = fid.ImageSet("two", "train", ["a", "b"], np.array([0, 1]), ["x", "y"], "",
+                          lambda i: Image.fromarray(whole[i]))
+    many = fid.pick(images, np.repeat([0, 1], 5))
+    assert fid.evenly_spaced(many, 4).names == ["a", "a", "b", "b"] and len(fid.evenly_spaced(many, 11)) == 10
+    padded = np.pad(whole, ((0, 0), (2, 2), (2, 2), (0, 0)), "reflect")
+    known = {padded[label, y:y + 16, x:x + 16][:, ::flip].tobytes(): (label, y, x, flip)
+             for label in (0, 1) for y in range(5) for x in range(5) for flip in (1, -1)}
+    pixels, labels = map(np.concatenate, zip(*fid._training_batches(images, 16, 32, 32)))
+    found = [known[image.tobytes()] for image in pixels]
+    assert [label for label, *_ in found] == labels.tolist() and labels.mean() == 0.5
+    assert len({tuple(place) for _, *place in found}) == 50
 
 
 def test_fid_scores_samples_and_the_floor():
