@@ -45,10 +45,11 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tokenizer import (ImageSet, VQModel, center_crop, check_finite, check_image_size, check_output,
-                       choose_device, decode_image, digest, enough_memory, fingerprint, is_image, list_files,
-                       load_tokenizer, open_images, rank_and_world, read_ahead, read_pixels, read_weights,
-                       telling, to_float, to_uint8, within, write_file)
+from tokenizer import (AT_A_TIME, ImageSet, VQModel, center_crop, check_finite, check_image_size,
+                       check_output, choose_device, decode_image, digest, enough_memory, fingerprint,
+                       full_precision, is_image, list_files, load_tokenizer, open_images, rank_and_world,
+                       read_ahead, read_pixels, read_weights, run_script, telling, to_float, to_uint8, within,
+                       write_file)
 
 # ---- Images: sets of files, and what the tokenizer keeps of them -------------------------------------------
 
@@ -146,8 +147,8 @@ def reconstruct(vq: VQModel, pixels: np.ndarray) -> np.ndarray:
     """uint8 (B, S, S, 3) -> what their codes keep of them, of the same shape; a megapixel at a time."""
     device = next(vq.parameters()).device
     decoded = []
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # ten bits would change the codes
-        for part in torch.from_numpy(pixels).split(max(2 ** 20 // pixels.shape[1] ** 2, 1)):
+    with full_precision():  # as the caches were made
+        for part in torch.from_numpy(pixels).split(max(AT_A_TIME // pixels.shape[1] ** 2, 1)):
             codes = vq.encode(to_float(part.to(device)))
             decoded.append(to_uint8(vq.decode(codes)).cpu().numpy())
     return np.concatenate(decoded)
@@ -315,18 +316,12 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
 SPLIT = 5000  # images behind one Inception Score
 
 
-def inception_score(probabilities: np.ndarray, split: int = SPLIT) -> float:
-    """Mean over splits of exp(mean KL(p(y|x) || p(y))), from (N, K) probabilities (Salimans et al.).
+def inception_score(probabilities: np.ndarray) -> float:
+    """exp(mean KL(p(y|x) || p(y))) of one split, from (N, K) probabilities (Salimans et al.).
 
-    Between 1 and K. A shorter last split counts like the others, as in ADM. 0 log 0 = 0, where ADM's code
-    gives nan.
+    Between 1 and K. 0 log 0 = 0, where ADM's code gives nan.
     """
-    splits = [probabilities[i:i + split] for i in range(0, len(probabilities), split)]
-    return float(np.mean([_split_score(p) for p in splits]))
-
-
-def _split_score(p: np.ndarray) -> float:
-    p = np.asarray(p, np.float64)
+    p = np.asarray(probabilities, np.float64)
     return np.exp(scipy.special.rel_entr(p, p.mean(0)).sum(1).mean())
 
 
@@ -430,10 +425,10 @@ def feature_statistics(side: Side, extract: Callable[[np.ndarray], Features], ba
         for row in found.probabilities.cpu().numpy():
             probabilities.append(row)
             if len(probabilities) == SPLIT:
-                scores.append(_split_score(np.stack(probabilities)))
+                scores.append(inception_score(np.stack(probabilities)))
                 probabilities.clear()
-    if probabilities:
-        scores.append(_split_score(np.stack(probabilities)))
+    if probabilities:  # ADM: a shorter last split counts like the others
+        scores.append(inception_score(np.stack(probabilities)))
 
     moments = dict(zip(("mu", "sigma"), pool.result()))
     if spatial.count:
@@ -658,7 +653,7 @@ def inception_extractor(model: InceptionV3, resize: str = "adm",
             x = (resize_adm(x) - 128) / 128
         else:
             x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) / 127.5 - 1
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with full_precision():
             pool, spatial = model(x.contiguous(memory_format=torch.channels_last))
         logits = pool @ model.fc.weight.T  # ADM: without the bias
         return Features(pool, spatial, logits.double().softmax(1))
@@ -772,7 +767,7 @@ def classifier_extractor(model: Classifier,
     """uint8 (B, S, S, 3) -> Features: D = 256, no spatial ones, probabilities over the classes trained on."""
     @torch.no_grad()
     def extract(pixels):
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with full_precision():
             pool, logits = model(to_float(torch.from_numpy(pixels).to(device)))
         return Features(pool, None, logits.double().softmax(1))
     return extract
@@ -1086,9 +1081,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
-        sys.exit(f"fid.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main, "The same command starts again.")

@@ -91,15 +91,15 @@ def projector(dim: int) -> nn.Sequential:
                          nn.Linear(dim, dim), nn.LayerNorm(dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
-def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
-             own_start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def info_nce(anchors: torch.Tensor, targets: torch.Tensor,
+             temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """InfoNCE over slots; anchors (S, B, C), targets (S, B_all, C). Returns loss and accuracy in [0, 1].
 
         -1/(S B) sum_s sum_b log  exp(a_sb . t_sb / tau) / sum_b' exp(a_sb . t_sb' / tau)
 
-    A slot is one pairing of (view, position) with (view, position). In it the positive of image b is the same
-    image's target, and its negatives are the targets of all other images. `own_start` says where among B_all
-    the images of this process begin: the positive of anchor b stands in column own_start + b.
+    A slot is one pairing of (view, position) with (view, position): in it only the image varies. The positive
+    of anchor b is the target of the same image, in column b, as a process's own images come first (see
+    `gather_images`); its negatives are the targets of all other images.
     our choice: features are L2-normalised, the temperature is ours to choose (the paper prints none);
     float32, also under autocast. The accuracy is the share of anchors closest to their positive.
     """
@@ -107,7 +107,7 @@ def info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float,
     with torch.autocast("cuda" if a.is_cuda else "cpu", enabled=False):  # in bfloat16 many would tie
         logits = a @ t.mT / temperature  # (S, B, B_all)
     S, B, B_all = logits.shape
-    positive = torch.arange(own_start, own_start + B, device=logits.device).repeat(S)  # (S B,)
+    positive = torch.arange(B, device=logits.device).repeat(S)  # (S B,)
     logits = logits.view(S * B, B_all)
     return F.cross_entropy(logits, positive), (logits.argmax(1) == positive).float().mean()
 
@@ -119,8 +119,8 @@ def ordered_pairs(count: int, device: torch.device) -> tuple[torch.Tensor, torch
     return i, j + (j >= i)  # j skips i
 
 
-def step_loss(z: torch.Tensor, target: torch.Tensor, temperature: float,
-              own_start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def step_loss(z: torch.Tensor, target: torch.Tensor,
+              temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Inter-step contrast; z = f(h) of the student (V, K, B, C), target = h' of the teacher (V, K, B_all, C).
 
         L_step = InfoNCE(z^(m,i), h'^(m,j)),   m a view, i != j two of the K positions                 (Eq. 6)
@@ -131,11 +131,11 @@ def step_loss(z: torch.Tensor, target: torch.Tensor, temperature: float,
         raise ValueError("the step loss needs at least two positions, K >= 2.")
     i, j = ordered_pairs(z.shape[1], z.device)
     anchors, targets = z[:, i].flatten(0, 1), target[:, j].flatten(0, 1)  # S = V K (K - 1) slots
-    return info_nce(anchors, targets, temperature, own_start)
+    return info_nce(anchors, targets, temperature)
 
 
-def view_loss(z: torch.Tensor, target: torch.Tensor, temperature: float,
-              own_start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def view_loss(z: torch.Tensor, target: torch.Tensor,
+              temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Inter-view contrast; z = f(h) of the student (V, K, B, C), target = h' of the teacher (V, K, B_all, C).
 
         L_view = InfoNCE(z^(i,k), h'^(j,k)),   i != j two views, k one of the K positions              (Eq. 7)
@@ -146,7 +146,7 @@ def view_loss(z: torch.Tensor, target: torch.Tensor, temperature: float,
         raise ValueError("the view loss needs at least two views, V >= 2.")
     i, j = ordered_pairs(z.shape[0], z.device)
     anchors, targets = z[i].flatten(0, 1), target[j].flatten(0, 1)  # S = V (V - 1) K slots
-    return info_nce(anchors, targets, temperature, own_start)
+    return info_nce(anchors, targets, temperature)
 
 
 def total_loss(terms: dict[str, torch.Tensor], alpha: float, beta: float) -> torch.Tensor:
@@ -161,8 +161,9 @@ def total_loss(terms: dict[str, torch.Tensor], alpha: float, beta: float) -> tor
 def label_accuracy(classes: torch.Tensor) -> torch.Tensor:
     """InfoNCE accuracy of a model that only compares labels, in (0, 1]; classes (B_all,) as it saw them.
 
-    Both anchor and target know the class, so a guess among the images of the same class is free. Logged
-    beside the contrastive accuracies: what exceeds it is not explained by the label.
+    Both anchor and target know the class, so that among the images of one class, n in the batch, a guess is
+    right with chance 1 / n. Logged beside the contrastive accuracies: what exceeds it is not explained by the
+    label.
     """
     return (1 / (classes[:, None] == classes).sum(1)).mean()
 
@@ -177,12 +178,13 @@ def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 
 @torch.no_grad()
 def gather_images(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Concatenate x of all processes along its image axis `dim`, in rank order: B -> B_all. No gradient.
+    """Join x of all processes along its image axis `dim`, this one's images first: B -> B_all. No gradient.
 
-    So the images of all processes are negatives; those of rank r start at r B. The identity without a group.
+    So the images of all processes are negatives. Without a process group the identity.
     """
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts, dim)
+    rank = dist.get_rank()
+    return torch.cat(parts[rank:] + parts[:rank], dim)

@@ -78,10 +78,9 @@ def rope_table(config: ModelConfig) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn the interleaved pairs of x (B, t, ..., D) by `table` (t, D/2, 2), in float32."""
-    t, half = table.shape[:2]
-    cos, sin = table.view(t, *[1] * (x.ndim - 3), half, 2).unbind(-1)
-    a, b = x.float().unflatten(-1, (half, 2)).unbind(-1)
+    """Turn the interleaved pairs of x (B, t, 2, H, D) by `table` (t, D/2, 2), in float32."""
+    cos, sin = table[:, None, None].unbind(-1)  # (t, 1, 1, D/2)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
 
 
@@ -89,8 +88,9 @@ class Attention(nn.Module):
     """Multi-head attention.
 
     rope      (t, D/2, 2), the rows of `rope_table` for these positions
-    allowed   (B or 1, 1, t, s) bool, which query may see which key; None: its own and all before it
-    extend    puts the keys and values of a cache before those of this call; None: there is no cache
+    allowed   (B or 1, 1, t, s) bool, which query may see which key; None, if nothing is explicit: its own and
+              all before it
+    extend    from keys and values of this call to those of all positions, by a cache; None: there is none
     explicit  whether to write the softmax out and to return its weights, (B, H, t, s), instead of None
     """
 

@@ -419,8 +419,9 @@ def heat_map(panels: dict[str, dict[str, list[float]]], columns: list[str], titl
     return montage(cells, list(names), heads, title)
 
 
-def tinted(pixels: np.ndarray, weights: np.ndarray, current: int = -1, side: int = 144) -> Image.Image:
+def tinted(pixels: np.ndarray, weights: np.ndarray, current: int = -1) -> Image.Image:
     """An image (S, S, 3) in pale grey, blue where `weights` (g, g) in [0, 1] are high; `current` in red."""
+    side = 144
     grey = 90 + np.asarray(Image.fromarray(pixels).convert("L").resize((side, side)))[..., None] * (165 / 255)
     alpha = Image.fromarray((weights * 190).astype(np.uint8)).resize((side, side), Image.NEAREST)
     alpha = np.asarray(alpha)[..., None] / 255
@@ -600,9 +601,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
-        sys.exit(f"probe.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    tokenizer.run_script(main, "The same command starts again.")

@@ -180,12 +180,11 @@ def save_image(path: str | Path, image: Image.Image) -> None:
     tokenizer.write_file(path, lambda file: image.save(file, "PNG"))
 
 
-def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None,
-               cell: int = 96) -> Image.Image:
-    """uint8 (N, S, S, 3) -> one picture, row by row, each image enlarged to `cell` pixels, captions below."""
+def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None) -> Image.Image:
+    """uint8 (N, S, S, 3) -> one picture, row by row, small images enlarged to 96 pixels, captions below."""
     N, gap, line = len(pixels), 4, 16 if captions else 0
     rows = math.ceil(N / columns)
-    cell = max(cell, pixels.shape[1])
+    cell = max(96, pixels.shape[1])
     grid = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line + gap) + gap), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
     for i, image in enumerate(pixels):
@@ -449,18 +448,18 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
     table = state.pop("freqs_cis", None)  # a stray attribute in some of LlamaGen's files
     with tokenizer.telling(path, "transformer of ours or LlamaGen's"):
         vocab_size, dim = state["tok_embeddings.weight"].shape
-        depth = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+        n_layer = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         num_classes = len(state["cls_embedding.embedding_table.weight"]) - 1
         if "model_config" in content:
             settings = content["model_config"]
         else:
-            heads = [n_head for n_layer, n_head, width in SIZES.values() if (n_layer, width) == (depth, dim)]
+            heads = [n_head for layers, n_head, width in SIZES.values() if (layers, width) == (n_layer, dim)]
             if not heads:
-                raise ValueError(f"{depth} layers of width {dim} are none of LlamaGen's sizes")
+                raise ValueError(f"{n_layer} layers of width {dim} are none of LlamaGen's sizes")
             args = vars(content.get("args", argparse.Namespace()))
             side = args.get("image_size", image_size) // args.get("downsample_size", 16)
             settings = dict(n_head=heads[0], num_tokens=len(table) - 1 if table is not None else side ** 2)
-        read = dict(n_layer=depth, dim=dim, vocab_size=vocab_size, num_classes=num_classes)
+        read = dict(n_layer=n_layer, dim=dim, vocab_size=vocab_size, num_classes=num_classes)
         config = ModelConfig(**settings | read)
         if min(asdict(config).values()) < 0:
             raise ValueError(f"{config} has a number below 0")
@@ -511,10 +510,9 @@ def open_trained(path: Path, vq_path: str | Path | None, ema: bool, image_size: 
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
-def choose_precision(name: str, device: torch.device) -> str:
-    """fp32 or bf16, as `name` says; by default bf16 where a GPU has it, as in LlamaGen's sampler."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return name or ("bf16" if native else "fp32")
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it is a GPU that computes in bfloat16; Ampere is the first."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def to_bfloat16(model: Transformer) -> Transformer:
@@ -635,7 +633,7 @@ def main(argv: list[str] | None = None) -> None:
         reconstruct(path, trained[0], args.data, args.subset)
         print(f"{path}: held-out images, and below each what the codes of {trained[0].name} keep of it")
         return
-    precision = choose_precision(args.precision, device)
+    precision = args.precision or ("bf16" if has_bfloat16(device) else "fp32")  # LlamaGen: bf16
     if precision == "bf16":
         for one in trained:
             to_bfloat16(one.model)
@@ -659,10 +657,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
-        sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on with an .npz.")
-        sys.exit(130)
+    tokenizer.run_script(main, "The same command goes on with an .npz.")

@@ -97,6 +97,17 @@ def _is_memory(error: Exception) -> bool:
         isinstance(error, RuntimeError) and bool(re.search("out of memory|allocate memory", str(error))))
 
 
+def run_script(main: Callable, goes_on: str) -> None:
+    """Run a script's `main`: a user's mistake ends it in one sentence, Ctrl-C by saying what `goes_on`."""
+    try:
+        main()
+    except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        print(f"Stopped. {goes_on}")
+        sys.exit(130)
+
+
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
     """Too little memory, of the GPU or the machine, becomes one ValueError that ends in `remedy`.
@@ -159,6 +170,8 @@ def write_file(path: str | Path, write: Callable) -> None:
         try:
             with open(temporary, "wb") as file:
                 write(file)
+                file.flush()
+                os.fsync(file.fileno())  # on the disk before it has the name, lest the power fails
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -682,11 +695,8 @@ def check_image_size(size: int, config: VQConfig) -> None:
         raise ValueError(f"image size {size} is no multiple of the tokenizer's factor {config.downsample}.")
 
 
-VQ_CONFIGS = {
-    "vq_ds16": VQConfig(),
-    "vq_ds4": VQConfig(codebook_size=1024, ch=16, ch_mult=(1, 2, 4), res_blocks=1, z_channels=64, groups=8,
-                       attention=False),  # convolutions alone, so that one training serves every image size
-}
+VQ_DS4 = VQConfig(codebook_size=1024, ch=16, ch_mult=(1, 2, 4), res_blocks=1, z_channels=64, groups=8,
+                  attention=False)  # convolutions alone, so that one training serves every image size
 
 
 class ResnetBlock(nn.Module):
@@ -1011,7 +1021,7 @@ def train_perceptual(crops: Crops, classes: int, steps: int, batch: int = 64) ->
     return net.eval().requires_grad_(False)
 
 
-def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_CONFIGS["vq_ds4"], steps: int = 1000,
+def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_DS4, steps: int = 1000,
                     batch: int = 32, lr: float = 2e-3, seed: int = 0, device="cpu",
                     skip_corrupt: bool = False) -> VQModel:
     """Train a tokenizer on random (size, size) crops and flips of `images`, at most 100,000 of them.
@@ -1067,7 +1077,7 @@ def find_tokenizer(settings, images: ImageSet, device) -> Path:
         return SHIPPED
     if settings.tokenizer != "train":
         return Path(settings.tokenizer)
-    config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=settings.codes)
+    config = replace(VQ_DS4, codebook_size=settings.codes)
     size, steps = settings.image_size, settings.tokenizer_steps
     key = digest(["perceptual", images.fingerprint, size, steps, asdict(config)])[:8]
     path = Path(settings.cache) / f"tokenizer-{Path(images.source).stem}-{size}px-{key}.pt"
@@ -1079,11 +1089,11 @@ def find_tokenizer(settings, images: ImageSet, device) -> Path:
 
 
 @torch.no_grad()
-def evaluate_tokenizer(vq: VQModel, pixels: torch.Tensor, batch: int = 100) -> dict[str, float]:
+def evaluate_tokenizer(vq: VQModel, pixels: torch.Tensor) -> dict[str, float]:
     """On uint8 (N, S, S, 3): PSNR in dB, averaged over images; share of codes used; perplexity exp(H)."""
     device = next(vq.parameters()).device
     psnr, counts = 0.0, torch.zeros(vq.config.codebook_size)
-    for chunk in pixels.split(min(batch, max(AT_A_TIME // pixels.shape[1] ** 2, 1))):
+    for chunk in pixels.split(min(100, max(AT_A_TIME // pixels.shape[1] ** 2, 1))):
         x = to_float(chunk.to(device))
         codes = vq.encode(x)
         error = ((vq.decode(codes).clamp(-1, 1) - x) / 2).square().flatten(1).mean(1)  # (B,); in [0, 1]
@@ -1399,7 +1409,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.out} is an input and would be overwritten; choose another name.")
         images = open_images(args.data, "train", args.subset)
         print(images.summary)
-        config = replace(VQ_CONFIGS["vq_ds4"], codebook_size=args.codes)
+        config = replace(VQ_DS4, codebook_size=args.codes)
         vq = train_tokenizer(images, args.image_size, config, args.steps, args.batch, seed=args.seed,
                              device=device, skip_corrupt=args.skip_corrupt)
         save_tokenizer(args.out, vq)
@@ -1415,10 +1425,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
-        sys.exit(f"tokenizer.py: {error}")
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on with an encoding; a tokenizer in training is lost.")
-        sys.exit(130)
+    run_script(main, "The same command goes on with an encoding; a tokenizer in training is lost.")

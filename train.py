@@ -26,7 +26,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import Field, asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -269,9 +268,9 @@ class Objective(nn.Module):
     one graph of networks and losses, which never stores the logits, the largest tensor, in float32.
     """
 
-    def __init__(self, config: Config, student: Transformer, rank: int = 0):
+    def __init__(self, config: Config, student: Transformer):
         super().__init__()
-        self.config, self.rank = config, rank
+        self.config = config
         self.student = student
         self.projector = losses.projector(student.config.dim) if config.contrast else nn.Identity()
         self.teacher = copy.deepcopy(student).eval().requires_grad_(False)  # no dropout, ever
@@ -299,11 +298,10 @@ class Objective(nn.Module):
             z = by_slot(self.projector(features[depth][:, positions]))  # (V, K, B, C), Eq. 5
             target = losses.gather_images(by_slot(targets[depth][:, positions]), dim=2)  # (V, K, B_all, C)
             tau = self.config.temperature
-            own_start = self.rank * z.shape[2]  # of this process's images among those of all
             if step_on:  # Eq. 6
-                terms["step"], log["acc_step"] = losses.step_loss(z, target, tau, own_start)
+                terms["step"], log["acc_step"] = losses.step_loss(z, target, tau)
             if view_on:  # Eq. 7
-                terms["view"], log["acc_view"] = losses.view_loss(z, target, tau, own_start)
+                terms["view"], log["acc_view"] = losses.view_loss(z, target, tau)
             log["acc_label"] = losses.label_accuracy(losses.gather_images(classes, dim=0))
         total = losses.total_loss(terms, self.config.alpha, self.config.beta)  # Eq. 8
         return {"loss": total} | {f"loss_{name}": term for name, term in terms.items()} | log
@@ -382,7 +380,7 @@ def resumed_config(config: Config, given: dict, checkpoint: dict) -> Config:
     if begun.keys() != kinds.keys() or not all(isinstance(begun[name], kinds[name]) for name in kinds):
         raise ValueError(f"{folder} was begun by another version of train.py; go on with that.")
     saved = replace(Config(**begun), name=config.name, device=config.device, compile=config.compile)
-    may_change = {"data", "subset", "tokenizer", "cache", "skip_corrupt", "compile", "log_every"}
+    may_change = {"data", "subset", "tokenizer", "cache", "skip_corrupt", "log_every"}
     for name in given.keys() - may_change:
         if getattr(saved, name) != given[name]:
             raise ValueError(f"{folder} has {name} = {getattr(saved, name)}, not {given[name]}; choose "
@@ -399,7 +397,7 @@ def resumed_config(config: Config, given: dict, checkpoint: dict) -> Config:
 
 
 def check_data(config: Config, cache: tokenizer.TokenCache, checkpoint: dict) -> None:
-    """Raise ValueError if the codes are too few or not those that the run began with."""
+    """Raise ValueError if there are too few images or positions, or other codes than the run began with."""
     images, behind = int((cache.labels >= 0).sum()), cache.tokens.shape[2] - 1
     if images < config.batch:
         raise ValueError(f"{config.data} has {images} training images, fewer than --batch {config.batch}.")
@@ -433,24 +431,22 @@ def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
         init = sample.load_model(config.init, image_size=config.image_size)[0]
     found = tokenizer.prepare(config, device, store)
     cache = found.train
-    config = replace(config, data=found.data, subset=found.subset, tokenizer=found.tokenizer)
-    if not resume:
-        config.name += found.suffix
+    config = replace(config, data=found.data, subset=found.subset, tokenizer=found.tokenizer,
+                     name=config.name + found.suffix * (not resume))
     check_data(config, cache, checkpoint)
     if rank == 0 and not resume:
         held.enter_context(tokenizer.locked(config.folder))
         refuse_used_folder(config)  # again: prepare may have renamed the run, or another has come first
 
     torch.manual_seed(config.seed)
-    n_layer, n_head, dim = SIZES[config.model]
     student = Transformer(ModelConfig(
-        n_layer, n_head, dim, vocab_size=cache.meta["codebook_size"], num_classes=len(cache.meta["classes"]),
+        *SIZES[config.model], vocab_size=cache.meta["codebook_size"], num_classes=len(cache.meta["classes"]),
         num_tokens=cache.tokens.shape[2], dropout=config.dropout))
     if init is not None:
         if replace(init.config, dropout=config.dropout) != student.config:
             raise ValueError(f"--init {config.init} is {init.config}, but this run needs {student.config}.")
         student.load_state_dict(init.state_dict())
-    objective = Objective(config, student, rank).to(device)
+    objective = Objective(config, student).to(device)
     optimizer = make_optimizer(objective, config)
     if resume:
         for part, name in ((student, "model"), (objective.teacher, "ema"),
@@ -459,7 +455,7 @@ def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    bfloat16 = sample.choose_precision("", device) == "bf16"
+    bfloat16 = sample.has_bfloat16(device)
     if device.type == "cuda" and rank == 0 and not bfloat16:
         print("!! This GPU is too old for bfloat16 (Ampere is the first): training in float32, slower.")
     steps_per_epoch = int((cache.labels >= 0).sum()) // config.batch
@@ -470,21 +466,14 @@ def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
 # ---- The loop ----------------------------------------------------------------------------------------------
 
 def batches(run: Run) -> Iterator[Batch]:
-    """This process's batches of all steps to come, on its device.
-
-    A thread draws and copies the next one while this one is computed with: no step waits for its batch.
-    """
+    """This process's batches of all steps to come, on its device: no step waits for its batch."""
     def prepared(step):
         batch = draw_batch(run.config, run.cache, step, run.rank, run.world)
         if run.device.type == "cuda":  # from pinned memory a copy does not hold up the host
             batch = Batch(*(x.pin_memory() for x in batch))
         return Batch(*(x.to(run.device, non_blocking=True) for x in batch))
 
-    with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(prepared, run.start)
-        for step in range(run.start, run.steps):
-            batch, following = following.result(), thread.submit(prepared, step + 1)
-            yield batch
+    return tokenizer.read_ahead(map(prepared, range(run.start, run.steps)))
 
 
 def train_step(run: Run, forward: nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
@@ -553,7 +542,7 @@ def diverged(run: Run, what: str) -> ValueError:
 
 
 def save(run: Run, step: int) -> None:
-    """Write checkpoint.pt, all that --resume and the other scripts need, then samples/<step>.png.
+    """Write checkpoint.pt, all that --resume and the other scripts need, then a grid of samples if wanted.
 
     The checkpoint before it is kept as previous.pt.
     """
@@ -602,10 +591,9 @@ def wrapped(run: Run) -> nn.Module:
     forward = run.objective
     if run.world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False)
-    if run.device.type == "cuda":  # Triton needs a C compiler, on a CPU Inductor one of C++
-        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    else:
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    # Triton needs a C compiler, on a CPU Inductor one of C++
+    variable, *names = ("CC", "gcc", "clang") if run.device.type == "cuda" else ("CXX", "g++", "clang++")
+    compiler = os.environ.get(variable) or any(map(shutil.which, names))
     if run.config.compile and compiler:
         return torch.compile(forward)
     if run.config.compile and run.rank == 0:
@@ -674,8 +662,9 @@ def main(argv: list[str] | None = None) -> None:
     with ExitStack() as held:
         run = set_up(*parse_arguments(argv), held)
         caught = []  # a signal is noted, and obeyed between two steps
-        handlers = {kind: signal.signal(kind, lambda number, frame: caught.append(number))
-                    for kind in (signal.SIGINT, signal.SIGTERM)}
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(kind, lambda number, frame: caught.append(number))
+            held.callback(signal.signal, kind, before)
         try:
             train(run, caught)
         except RuntimeError:
@@ -685,18 +674,9 @@ def main(argv: list[str] | None = None) -> None:
                     raise ConnectionError("another process of this run died; --resume goes on from the last "
                                           f"checkpoint in {run.config.folder}.") from None
             raise
-        finally:
-            for kind, handler in handlers.items():
-                signal.signal(kind, handler)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:  # before the first step
-        print("Stopped. The same command goes on; an unfinished download or tokenizer begins again.")
-        sys.exit(130)
+    tokenizer.run_script(main, "The same command goes on; an unfinished download or tokenizer begins again.")
