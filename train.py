@@ -121,7 +121,7 @@ PAPER = dict(ema=0.9999, ema_ramp=False, depth=6,  # paper: these, and Config's 
              samples=8, sample_cfg=4.0, save_every=5000)  # our choice
 PRESETS = {
     "nano": dict(data="shapes", codes=256, tokenizer_steps=400, model="nano", depth=2, steps=600, batch=32,
-                 base_lr=2e-3 * 256 / 32, warmup=50, save_every=100, eval_images=200),
+                 base_lr=2e-3 * 256 / 32, warmup=50, save_every=100, eval_images=200),  # a rate of 2e-3
     "tiny": dict(tokenizer="shipped", batch=512, base_lr=5e-4, warmup=500),
     "small": dict(tokenizer="shipped", image_size=64, model="small", depth=6, ema=0.996, base_lr=8e-4,
                   warmup=1000),

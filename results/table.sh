@@ -72,9 +72,9 @@ def score(measure, cfg, reference="reconstructions"):
 
 
 UNDERSTANDING = {
-    "last step": (lambda line: curve(line)[-1], 1), "best step": (lambda line: max(curve(line)), 1),
-    "mean of steps": (lambda line: np.mean(curve(line)), 1), "mean-pooled": (pooled, 1),
-    "best layer, last step": (
+    "last position": (lambda line: curve(line)[-1], 1), "best position": (lambda line: max(curve(line)), 1),
+    "mean of eight": (lambda line: np.mean(curve(line)), 1), "mean-pooled": (pooled, 1),
+    "best layer, last position": (
         lambda line: max(curve(line, layer)[-1] for layer in {r["layer"] for r in line["probe"]}), 1),
     "held-out loss": (lambda line: line["metrics"]["val_nll"], 3),
     "the teacher's": (lambda line: line.get("teacher_nll", math.nan), 3)}
@@ -87,7 +87,7 @@ def scores(cfg, reference):
     return scale | {name: (score(name, cfg, reference), decimals) for name, decimals in MEASURES.items()}
 
 
-brief = {name: UNDERSTANDING[name] for name in ("last step", "mean of steps", "mean-pooled", "held-out loss")}
+brief = {name: UNDERSTANDING[name] for name in ("last position", "mean of eight", "mean-pooled", "held-out loss")}
 for measure, cfg in (("FD-c", 1), ("FD-c", 1.5), ("IS-c", 1.5), ("class agreement", 1.5)):
     brief[f"{measure}, cfg {cfg}"] = score(measure, cfg), MEASURES[measure]
 
@@ -172,7 +172,8 @@ text = ["# Results", """Written by `bash results/table.sh` from runs.jsonl: one 
 commit, seed, versions, minutes and every number. `bash results/run.sh` trains, probes, samples and scores a run.
 Twenty classes of Tiny ImageNet (assets/tiny-imagenet-20.txt) at 32 px, shipped tokenizer, CPU preset `tiny` at other
 `--steps`, unless said; student weights, one thread per run, two runs side by side on two cores. Probe: top-1 in %,
-under the null class, on 1,000 held-out images, the contrast layer (2 of 4) unless said. Samples: 5,000 per run and
+under the null class, on 1,000 held-out images, the contrast layer (2 of 4) unless said, at eight of the 64
+positions (probe.py and the paper call them steps). Samples: 5,000 per run and
 guidance scale; 1.25 only for AR and all losses after 8,000 steps, for all rows after 16,000 and for the runs on the
 GPU, so that the best scale of other rows is the best without it. ± is half of a 95 % interval over seeds; differences
 are taken seed by seed (the same order of data, initial weights and masks). All lines of twenty classes are scored by
@@ -239,7 +240,7 @@ def between(text, mark, new):
     return f"{before}{start}\n\n{new}\n\n{end}{rest.split(end, 1)[1]}"
 
 
-SHORT = {"probe, last step": brief["last step"], "class agreement": (score("class agreement", 1), 1),
+SHORT = {"probe, last position": brief["last position"], "class agreement": (score("class agreement", 1), 1),
          "FD-c": (score("FD-c", 1), 2), "FD-c, cfg 1.25": (score("FD-c", 1.25), 2),
          "FD-c, cfg 1.5": (score("FD-c", 1.5), 2), "held-out loss": (brief["held-out loss"][0], 2)}
 short = ["| AR → ST-AR | " + " | ".join(SHORT) + " |", "|---" * (len(SHORT) + 1) + "|"]
@@ -268,7 +269,7 @@ for title, rows in FIFTY_EPOCHS.items():
         steps = [list(values) for values in zip(*map(curve, seeds.values()))]
         lines[name] = [(8 * i, np.mean(values)) for i, values in enumerate(steps, 1)]
         bands[name] = [mean_and_half(v)[1] if len(v) > 2 else np.ptp(v) / 2 for v in steps]  # 2: from seed to seed
-    panels.append(sample.line_plot(lines, title, "step of 64", "probe, top-1 %", bands, width=480, height=300))
+    panels.append(sample.line_plot(lines, title, "position", "probe, top-1 %", bands, width=480, height=300))
 sample.save_image("assets/probe.png", Image.fromarray(np.concatenate(panels, 1)))
 
 panels = []
@@ -293,9 +294,9 @@ for title, rows in FIFTY_EPOCHS.items():
 sample.save_image("assets/distance.png", Image.fromarray(np.concatenate(panels, 1)))
 
 last, loss, free, guided_15 = (brief[name][0] for name in (
-    "last step", "held-out loss", "FD-c, cfg 1", "FD-c, cfg 1.5"))
+    "last position", "held-out loss", "FD-c, cfg 1", "FD-c, cfg 1.5"))
 panels, against_ar = [], {  # of a line and AR's of the same length and seed
-    "probe, last step, top-1 %": lambda line, ar: last(line),
+    "probe, last position, top-1 %": lambda line, ar: last(line),
     "held-out loss less AR's, nats": lambda line, ar: loss(line) - loss(ar),
     "FD-c / AR's, no guidance": lambda line, ar: free(line) / free(ar),
     "FD-c / AR's, guidance 1.5": lambda line, ar: guided_15(line) / guided_15(ar)}
