@@ -28,7 +28,6 @@ features, K classes.
 import argparse
 import hashlib
 import json
-import sys
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
@@ -45,10 +44,10 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tokenizer import (AT_A_TIME, ImageSet, VQModel, center_crop, check_finite, check_image_size,
-                       check_output, choose_device, decode_image, digest, enough_memory, fingerprint,
-                       full_precision, is_image, list_files, load_tokenizer, open_images, rank_and_world,
-                       read_ahead, read_pixels, read_weights, run_script, telling, to_float, to_uint8, within,
+from tokenizer import (ImageSet, VQModel, center_crop, check_finite, check_image_size, check_output,
+                       choose_device, decode_image, digest, enough_memory, fingerprint, full_precision,
+                       is_image, list_files, load_tokenizer, open_images, rank_and_world, read_ahead,
+                       read_pixels, read_weights, reconstruct, run_script, telling, to_float, within,
                        write_file)
 
 # ---- Images: sets of files, and what the tokenizer keeps of them -------------------------------------------
@@ -64,7 +63,7 @@ def open_real(source: str | Path, split: str = "train", subset: str = "") -> Ima
     images = open_images(source, split, subset)
     if len(images) < MIN_IMAGES:
         raise ValueError(f"{source} has {len(images)} images for {split}; at least {MIN_IMAGES} are needed.")
-    return _strict(images)
+    return images
 
 
 def all_images(source: str | Path) -> ImageSet:
@@ -78,20 +77,9 @@ def all_images(source: str | Path) -> ImageSet:
     names = sorted(filter(is_image, files))
     if len(names) < MIN_IMAGES:
         raise ValueError(f"{source} holds {len(names)} images; at least {MIN_IMAGES} are needed.")
-    return _strict(ImageSet(str(source), "", names, np.zeros(len(names), np.int64), [],
-                            digest([(name, files[name]) for name in names]),
-                            lambda i: decode_image(read_bytes(names[i]), f"{source}/{names[i]}")))
-
-
-def _strict(images: ImageSet) -> ImageSet:
-    def read(i):
-        try:
-            return images.read(i)
-        except ValueError:
-            raise ValueError(f"{images.source}/{images.names[i]} cannot be read; get it again or remove it "
-                             "(a score leaves no image out).") from None
-
-    return replace(images, read=read)
+    return ImageSet(str(source), "", names, np.zeros(len(names), np.int64), [],
+                    digest([(name, files[name]) for name in names]),
+                    lambda i: decode_image(read_bytes(names[i]), f"{source}/{names[i]}"))
 
 
 def pick(images: ImageSet, rows: np.ndarray) -> ImageSet:
@@ -133,25 +121,13 @@ def in_memory(images: ImageSet, size: int, vq: VQModel | None = None) -> ImageSe
         crops = np.stack(read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)),
                                      skip_corrupt=False))
         sha.update(crops)
-        pixels[start:start + 256] = reconstruct(vq, crops) if vq else crops
+        pixels[start:start + 256] = reconstruct(vq, torch.from_numpy(crops)) if vq else crops
     content = [sha.hexdigest(), images.labels.tolist(), images.classes]
     if vq:
         content.append(fingerprint(vq))
         split += f" decoded by tokenizer {fingerprint(vq)}"
     return replace(images, split=split, fingerprint=digest(content),
                    read=lambda i: Image.fromarray(pixels[i]))
-
-
-@torch.no_grad()
-def reconstruct(vq: VQModel, pixels: np.ndarray) -> np.ndarray:
-    """uint8 (B, S, S, 3) -> what their codes keep of them, of the same shape; a megapixel at a time."""
-    device = next(vq.parameters()).device
-    decoded = []
-    with full_precision():  # as the caches were made
-        for part in torch.from_numpy(pixels).split(max(AT_A_TIME // pixels.shape[1] ** 2, 1)):
-            codes = vq.encode(to_float(part.to(device)))
-            decoded.append(to_uint8(vq.decode(codes)).cpu().numpy())
-    return np.concatenate(decoded)
 
 
 # ---- Sides: what is compared, a stream of images or statistics ---------------------------------------------
@@ -173,7 +149,7 @@ class Side:
 def image_side(images: ImageSet, size: int | None = None) -> Side:
     """A set of images as one side; with `size` every image is centre-cropped to (size, size).
 
-    Reading raises ValueError if an image cannot be read or their sizes differ.
+    Raises ValueError if an image cannot be read; reading does, too, and if their sizes differ.
     """
     shape = (size, size) if size else images.read(0).size[::-1]
 
@@ -439,11 +415,9 @@ def feature_statistics(side: Side, extract: Callable[[np.ndarray], Features], ba
 
 def compare(real: Statistics, fake: Statistics, suffix: str = "") -> dict[str, float | None]:
     """The row of a table; None where a side lacks what a measure needs. `suffix` "-c": of a classifier."""
-    def frechet(mean, covariance):
-        if not all(name in side.moments for side in (real, fake) for name in (mean, covariance)):
-            return None
-        return frechet_distance(real.moments[mean], real.moments[covariance],
-                                fake.moments[mean], fake.moments[covariance])
+    def frechet(*names):  # of a mean and a covariance
+        parts = [side.moments.get(name) for side in (real, fake) for name in names]
+        return None if any(part is None for part in parts) else frechet_distance(*parts)
 
     precision = recall = None
     if real.features is not None and fake.features is not None:
@@ -624,17 +598,18 @@ def load_inception(weights: str | None, cache: str | Path, resize: str = "adm",
 
 
 def _download_inception(file) -> None:
-    sha = hashlib.sha256()
     try:
-        with urllib.request.urlopen(INCEPTION_URL, timeout=15) as response, \
-                tqdm(total=INCEPTION_SIZE, unit="B", unit_scale=True, desc="downloading InceptionV3") as bar:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                sha.update(chunk)
-                bar.update(len(chunk))
+        response = urllib.request.urlopen(INCEPTION_URL, timeout=15)
     except OSError as error:
         raise ValueError(f"{INCEPTION_URL} cannot be fetched ({error}); fetch it elsewhere and name it with "
                          "--weights, or use --features classifier.") from error
+    sha = hashlib.sha256()
+    bar = tqdm(total=INCEPTION_SIZE, unit="B", unit_scale=True, desc="downloading InceptionV3")
+    with response, bar:
+        while chunk := response.read(1 << 20):
+            file.write(chunk)
+            sha.update(chunk)
+            bar.update(len(chunk))
     if sha.hexdigest() != INCEPTION_SHA256:
         raise ValueError(f"{INCEPTION_URL} sent something else (sha256 {sha.hexdigest()[:16]}); try again.")
 
@@ -682,7 +657,7 @@ class Classifier(nn.Module):
 
     def __init__(self, classes: int, size: int):
         super().__init__()
-        stride = max(size // 32, 1)  # the stem leaves about 32 x 32 places at every image size
+        stride = max(size // 32, 1)  # of 32 px and more the stem leaves 32 x 32 to 63 x 63 places
         self.stem = nn.Conv2d(3, 32, 2 * stride + 1, stride, padding=stride, bias=False)
         self.norm = nn.BatchNorm2d(32)
         self.blocks = nn.Sequential(ResidualBlock(32, 64), ResidualBlock(64, 128), ResidualBlock(128, 256))
@@ -695,7 +670,7 @@ class Classifier(nn.Module):
 
 def train_classifier(images: ImageSet, size: int, steps: int, batch: int = 64,
                      device: torch.device | str = "cpu") -> Classifier:
-    """SGD on images of `size` pixels, one cycle, flips and shifts up to size / 8. The same on every call."""
+    """SGD on images of `size` pixels, one cycle, flips, shifts up to size / 8; the same again on one CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Classifier(len(images.classes), size).to(device, memory_format=torch.channels_last).train()
@@ -984,8 +959,8 @@ def tokenizer_file(name: str) -> Path:
 
 def check_classes(side: Side, images: ImageSet) -> None:
     """Raise ValueError, in one sentence, if a classifier of `images` cannot judge the samples of `side`."""
-    if side.size is None or side.size[0] != side.size[1]:
-        raise ValueError(f"--features classifier needs square images; {side.name} has none.")
+    if side.size is None:
+        raise ValueError(f"--features classifier needs images; {side.name} holds statistics alone.")
     K = len(images.classes)
     if side.classes is not None and side.classes != images.classes:
         differ = sorted(set(side.classes) ^ set(images.classes)) or ["their order"]

@@ -106,10 +106,8 @@ def info_nce(anchors: torch.Tensor, targets: torch.Tensor,
     """
     a, t = F.normalize(anchors.float(), dim=-1), F.normalize(targets.float().detach(), dim=-1)
     with torch.autocast("cuda" if a.is_cuda else "cpu", enabled=False):  # in bfloat16 many would tie
-        logits = a @ t.mT / temperature  # (S, B, B_all)
-    S, B, B_all = logits.shape
-    positive = torch.arange(B, device=logits.device).repeat(S)  # (S B,)
-    logits = logits.view(S * B, B_all)
+        logits = (a @ t.mT / temperature).flatten(0, 1)  # (S B, B_all)
+    positive = torch.arange(a.shape[1], device=a.device).repeat(len(a))  # (S B,)
     return F.cross_entropy(logits, positive), (logits.argmax(1) == positive).float().mean()
 
 
@@ -162,8 +160,8 @@ def total_loss(terms: dict[str, torch.Tensor], alpha: float, beta: float) -> tor
 def label_accuracy(classes: torch.Tensor) -> torch.Tensor:
     """InfoNCE accuracy of a model that only compares labels, in (0, 1]; classes (B_all,) as it saw them.
 
-    Both anchor and target know the class, so that among the images of one class, n in the batch, a guess is
-    right with chance 1 / n. Logged beside the contrastive accuracies: what exceeds it is not explained by the
+    Both anchor and target know the class, so that among the images of one class, m in the batch, a guess is
+    right with chance 1 / m. Logged beside the contrastive accuracies: what exceeds it is not explained by the
     label.
     """
     return (1 / (classes[:, None] == classes).sum(1)).mean()

@@ -22,7 +22,6 @@ width, G features probed side by side, H settings tried, K classes, g x g the to
 import argparse
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import repeat

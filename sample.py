@@ -7,7 +7,7 @@ for token.
     python sample.py runs/tiny-ar runs/tiny --classes 0 5 9 --cfg 2 --out side.png     # runs below each other
     python sample.py runs/tiny --reconstruct                                           # what the codes keep
     torchrun --nproc-per-node 8 sample.py runs/tiny --num-images 50000 --npz out.npz   # for fid.py
-    python sample.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k 2000
+    python sample.py c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k 2000
 
 Shapes in comments: B images, T tokens, codes (how many there are), S side in pixels.
 """
@@ -200,7 +200,7 @@ def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = No
 
 def _ticks(low: float, high: float) -> list[float]:
     step = 10 ** math.floor(math.log10((high - low) / 4))
-    step *= min((m for m in (1, 2, 2.5, 5, 10)), key=lambda m: abs((high - low) / (m * step) - 5))
+    step *= min((1, 2, 2.5, 5, 10), key=lambda m: abs((high - low) / (m * step) - 5))
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -288,22 +288,18 @@ def stacked(blocks: list[tuple[str, Image.Image]]) -> Image.Image:
     return image
 
 
-@torch.no_grad()
 def reconstruction_grid(vq: tokenizer.VQModel, pixels: torch.Tensor) -> Image.Image:
     """uint8 (N, S, S, 3) -> a picture of pairs of rows: ten originals, and below them what the codes keep."""
-    device = next(vq.parameters()).device
-    with tokenizer.full_precision():
-        codes = vq.encode(tokenizer.to_float(pixels.to(device)))
-    again = tokenizer.to_uint8(vq.decode(codes)).cpu()
+    again = tokenizer.reconstruct(vq, pixels)
     pairs = [half for a, b in zip(pixels.split(10), again.split(10)) for half in (a, b)]
     return image_grid(torch.cat(pairs).numpy(), min(10, len(pixels)))
 
 
-def save_reconstructions(path: str | Path, vq: tokenizer.VQModel, settings) -> None:
-    """`reconstruction_grid` of twenty held-out images; `settings` has data, subset, image_size,
-    skip_corrupt."""
-    images = tokenizer.open_images(settings.data, "val", settings.subset)
-    pixels = tokenizer.held_out_pixels(images, settings.image_size, 20, settings.skip_corrupt)
+def save_reconstructions(path: str | Path, vq: tokenizer.VQModel, data: str, subset: str, size: int,
+                         skip_corrupt: bool) -> None:
+    """Write `reconstruction_grid` of twenty held-out images of `data`, (size, size) pixels, as PNG."""
+    images = tokenizer.open_images(data, "val", subset)
+    pixels = tokenizer.held_out_pixels(images, size, 20, skip_corrupt)
     save_image(path, reconstruction_grid(vq, pixels))
 
 
@@ -541,8 +537,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     within = tokenizer.within
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("runs", nargs="*", type=Path, help="run folders, as in runs/tiny, or checkpoints (.pt)")
-    add("--gpt", type=Path, help="LlamaGen checkpoint, instead of a run folder")
+    add("runs", nargs="+", type=Path, help="run folders or checkpoints (.pt), LlamaGen's too")
     add("--vq", help="tokenizer file (default: the run's)")
     add("--classes", type=int, nargs="+", help="one image for each of these (default: 20 or all)")
     add("--out", type=Path, help="the picture (default: samples.png or reconstructions.png)")
@@ -550,7 +545,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", help="with --reconstruct: folder or zip of images (default: the run's)")
     add("--subset", help="with --reconstruct: file of class folders to keep, one a line")
     add("--npz", type=Path, help="write images as .npz in ADM's layout instead of a picture")
-    add("--num", "--num-images", type=within(int, 1, 10 ** 7), help="with --npz: how many, class-balanced")
+    add("--num-images", type=within(int, 1, 10 ** 7), help="with --npz: how many, class-balanced")
     add("--batch", type=within(int, 1, 10 ** 5), help="with --npz: images at once (default: 100)")
     add("--resize-to", type=within(int, 1, 4096), default=0, help="side of the images (default: as decoded)")
     add("--cfg", type=within(float, 1, 1e4), default=1.0, help="guidance scale; 1: none")
@@ -566,8 +561,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     for wrong, sentence in (
-        (bool(args.runs) == bool(args.gpt), "name a run folder, or --gpt FILE and --vq FILE"),
-        (bool(args.npz) != bool(args.num), "--num and --npz go together"),
+        (bool(args.npz) != bool(args.num_images), "--num-images and --npz go together"),
         (args.npz and (args.classes or args.out or args.reconstruct),
          "--npz holds all classes in one file: no --classes, --out or --reconstruct beside it"),
         (args.batch and not args.npz, "--batch goes with --npz"),
@@ -599,20 +593,17 @@ def runs_grid(trained: list[Trained], classes: list[int] | None, seed: int, sett
     return grids[0][1] if len(grids) == 1 else stacked(grids)
 
 
-def reconstruct(path: Path, one: Trained, data: str | None, subset: str | None) -> None:
+def draw_reconstructions(path: Path, one: Trained, data: str | None, subset: str | None) -> None:
     """`save_reconstructions` of a run's held-out images, or of those in `data`."""
     if data is None and not one.config:
         raise ValueError(f"{one.name} does not name its images; add --data.")
     if data is None:
         data, subset = one.config["data"], one.config["subset"] if subset is None else subset
-    settings = argparse.Namespace(
-        data=data, subset=subset or "",
-        image_size=one.model.config.grid * one.vq.config.downsample,
-        skip_corrupt=one.config.get("skip_corrupt", False))
-    save_reconstructions(path, one.vq, settings)
+    size = one.model.config.grid * one.vq.config.downsample
+    save_reconstructions(path, one.vq, data, subset or "", size, one.config.get("skip_corrupt", False))
 
 
-@tokenizer.enough_memory("lower --batch or --num, or draw fewer --classes at a time")
+@tokenizer.enough_memory("lower --batch or --num-images, or draw fewer --classes at a time")
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run it.
 
@@ -627,10 +618,9 @@ def main(argv: list[str] | None = None) -> None:
     if not args.npz and path.suffix.lower() != ".png":  # it could also be somebody's checkpoint
         raise ValueError(f"--out {path}: pictures are PNG files; call it {path.with_suffix('.png')}.")
     device = tokenizer.choose_device(args.device)
-    trained = [open_trained(run, args.vq, args.ema, args.image_size, device)
-               for run in args.runs or [args.gpt]]
+    trained = [open_trained(run, args.vq, args.ema, args.image_size, device) for run in args.runs]
     if args.reconstruct:
-        reconstruct(path, trained[0], args.data, args.subset)
+        draw_reconstructions(path, trained[0], args.data, args.subset)
         print(f"{path}: held-out images, and below each what the codes of {trained[0].name} keep of it")
         return
     precision = args.precision or ("bf16" if has_bfloat16(device) else "fp32")  # LlamaGen: bf16
@@ -640,13 +630,14 @@ def main(argv: list[str] | None = None) -> None:
     keys = ("cfg", "cfg_interval", "temperature", "top_k", "top_p", "resize_to")
     settings = {key: getattr(args, key) for key in keys}
     if args.npz:
-        _, model, vq, names, _, _, origin = trained[0]
-        batch = min(args.batch or 100, args.num)
+        one = trained[0]
+        batch = min(args.batch or 100, args.num_images)
         rows = 2 * batch if args.cfg > 1 else batch
-        decode = compiled_decode(model, rows) if device.type == "cuda" else None
-        protocol = origin | {"precision": precision, "device": device.type}
-        save_npz(path, model, vq, names, args.num, batch, args.seed, protocol, decode, **settings)
-        said = f"{args.num} images of {len(names)} classes"
+        decode = compiled_decode(one.model, rows) if device.type == "cuda" else None
+        protocol = one.origin | {"precision": precision, "device": device.type}
+        save_npz(path, one.model, one.vq, one.classes, args.num_images, batch, args.seed, protocol, decode,
+                 **settings)
+        said = f"{args.num_images} images of {len(one.classes)} classes"
     else:
         save_image(path, runs_grid(trained, args.classes, args.seed, settings))
         said = "samples"

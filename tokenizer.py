@@ -167,17 +167,16 @@ def write_file(path: str | Path, write: Callable) -> None:
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed
             if not _is_running(left.suffixes[-2][1:]):
                 left.unlink(missing_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())  # on the disk before it has the name, lest the power fails
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it has the name, lest the power fails
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise OSError(f"cannot write {path} ({error}); try again, free some space or choose another "
                       "place.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_output(path: str | Path) -> None:
@@ -640,11 +639,13 @@ def read_pixels(images: ImageSet, indices, transform: Callable,
     """
     def read(i):
         try:
-            return transform(images.read(i))
+            image = images.read(i)
         except ValueError as error:
             if not skip_corrupt:
                 raise
             print(f"skipped: {error}", file=sys.stderr)
+            return None
+        return transform(image)
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside Python's lock
         return list(pool.map(read, indices))
@@ -916,17 +917,14 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
         raise FileNotFoundError(f"no tokenizer at {path}; name a file, such as a run's tokenizer.pt, or "
                                 "train one: python tokenizer.py train")
     content = read_weights(path)
-    state = content.get("model")
-    if not isinstance(state, dict):
-        state = content
+    state = content["model"] if isinstance(content.get("model"), dict) else content
     if "quantize.embedding.weight" not in state:
         found = "a transformer" if "tok_embeddings.weight" in state else "neither tokenizer nor transformer"
         raise ValueError(f"{path} holds {found}; expected a VQ tokenizer, such as vq_ds16_c2i.pt.")
     check_finite(path, state)
     with telling(path, "tokenizer of the structure that it names, else of vq_ds16"):
         codes, D = state["quantize.embedding.weight"].shape
-        vq = VQModel(VQConfig(**content["vq_config"]) if "vq_config" in content
-                     else replace(VQConfig(), codebook_size=codes, codebook_dim=D))
+        vq = VQModel(VQConfig(**content.get("vq_config", dict(codebook_size=codes, codebook_dim=D))))
         vq.load_state_dict(state)
     return vq.eval().requires_grad_(False).to(device)
 
@@ -982,13 +980,14 @@ def perceptual_loss(net: Perceptual, reconstruction: torch.Tensor, x: torch.Tens
 
 
 class Crops:
-    """Random crops and flips of at most 100,000 images, which stay in memory: on the GPU if there is one."""
+    """Random crops and flips of at most 100,000 images, which stay in the memory of `device`."""
 
     def __init__(self, images: ImageSet, size: int, seed: int, device, skip_corrupt: bool):
         self.rng, self.size, self.side = np.random.default_rng(seed), size, int(size * 1.1)
         chosen = self.rng.permutation(len(images))[:100_000]
-        pixels = read_pixels(images, tqdm(chosen, "reading images", leave=False),
-                             lambda image: np.asarray(center_crop(image, self.side)), skip_corrupt)
+        parts = np.array_split(chosen, len(chosen) // 1000 + 1)
+        pixels = [p for rows in tqdm(parts, "reading images", leave=False) for p in read_pixels(
+            images, rows, lambda image: np.asarray(center_crop(image, self.side)), skip_corrupt)]
         kept = [i for i, p in enumerate(pixels) if p is not None]
         if not kept:
             raise ValueError(f"none of the images of {images.source} can be read; get them again.")
@@ -1204,6 +1203,15 @@ def full_precision() -> Iterator[None]:
 
 
 @torch.no_grad()
+def reconstruct(vq: VQModel, pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, S, S, 3) -> what its codes keep of it, the same shape, on the CPU; as `encode_pixels`."""
+    device = next(vq.parameters()).device
+    with full_precision():
+        chunks = pixels.split(max(AT_A_TIME // pixels.shape[1] ** 2, 1))
+        return torch.cat([to_uint8(vq.decode(vq.encode(to_float(x.to(device))))).cpu() for x in chunks])
+
+
+@torch.no_grad()
 def encode_pixels(vq: VQModel, pixels: torch.Tensor) -> torch.Tensor:
     """uint8 (N, S, S, 3) -> codes (N, T) int64 on the CPU; a megapixel at a time, in full float32."""
     device = next(vq.parameters()).device
@@ -1232,11 +1240,13 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
         if rank == 0:
             _remove_parts(folder)  # left by a kill right after meta.json was written
         return
-    starts = range(0, len(images), CHUNK)
-    parts = {start: folder / f"parts-{digest(meta)}" / f"{start:09d}.npz" for start in starts}
+    place = folder / f"parts-{digest(meta)}"
+    parts = {start: place / f"{start:09d}.npz" for start in range(0, len(images), CHUNK)}
     with locked(folder) if rank == 0 else nullcontext():
-        missing = [start for start in starts[rank::world] if not parts[start].exists()]
-        _encode(images, vq, size, ratios, {start: parts[start] for start in missing}, skip_corrupt)
+        missing = {start: part for start, part in [*parts.items()][rank::world] if not part.exists()}
+        if (folder / "meta.json").exists():  # by now: parts go after it has come, so this is no gap
+            return
+        _encode(images, vq, size, ratios, missing, skip_corrupt)
         if rank == 0:
             while not all(part.exists() for part in parts.values()):
                 time.sleep(0.2)
@@ -1250,11 +1260,9 @@ def _encode(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...],
     per_pass = max(AT_A_TIME // size ** 2, 1)  # crops that the encoder takes at once
     few = per_pass // math.gcd(per_pass, len(blank))  # images whose crops fill whole passes
     count = min(few * max(READ_AHEAD // (few * blank.nbytes), 1), CHUNK)  # images at a time
-    groups, last = [], {}  # last: {end of a part: its start}
-    for start in parts:
-        stop = min(start + CHUNK, len(images))
-        groups += [range(i, min(i + count, stop)) for i in range(start, stop, count)]
-        last[stop] = start
+    N = len(images)
+    groups = [range(i, min(i + count, start + CHUNK, N))
+              for start in parts for i in range(start, min(start + CHUNK, N), count)]
     pieces = read_ahead(read_pixels(images, group, lambda image: views(image, size, ratios), skip_corrupt)
                         for group in groups)
     bar = tqdm(total=sum(map(len, groups)), desc=f"encoding {Path(images.source).name} {images.split}",
@@ -1267,9 +1275,10 @@ def _encode(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...],
         tokens[[crops is None for crops in piece]] = UNREADABLE
         codes.append(tokens)
         bar.update(len(group))
-        if group.stop in last:
+        if group.stop % CHUNK == 0 or group.stop == N:  # a part is complete
             whole = np.concatenate(codes)
-            write_file(parts[last[group.stop]], lambda file: np.savez(file, codes=whole))  # with checksums
+            part = parts[group.start // CHUNK * CHUNK]
+            write_file(part, lambda file: np.savez(file, codes=whole))  # with checksums
             codes = []
     bar.close()
 

@@ -579,7 +579,8 @@ def open_folder(run: Run) -> None:
     if not (folder / "checkpoint.pt").exists():
         if sum(p.numel() for p in run.vq.parameters()) < 5e6:  # so that a run that is moved still samples
             tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)
-            sample.save_reconstructions(folder / "reconstructions.png", run.vq, run.config)
+            sample.save_reconstructions(folder / "reconstructions.png", run.vq, run.config.data,
+                                        run.config.subset, run.config.image_size, run.config.skip_corrupt)
         save(run, 0)
     tokenizer.write_file(metrics, lambda file: file.write("".join(kept).encode()))
     settings = json.dumps(asdict(run.config), indent=1).encode()
