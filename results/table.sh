@@ -24,7 +24,7 @@ import sample
 LOSSES = {"ar": "AR", "mim": "+ MIM", "mim-step": "+ MIM + step", "mim-view": "+ MIM + view",
           "step-view": "+ step + view", "all": "**all (ST-AR)**",  # the rows of the paper's Table 3
           "mask-10-k-16": "all, r = 0.1, K = 16"}  # and one of ours
-MAIN, LONG, AR, ALL = 2000, 16000, LOSSES["ar"], LOSSES["all"]
+MAIN, LONG, AR, ALL, LIGHTER = 2000, 16000, LOSSES["ar"], LOSSES["all"], LOSSES["mask-10-k-16"]
 GPU, GPU_PREFIX = 9750, "200-"  # runs of the preset `tiny` as it is on a GPU: 50 epochs of all 200 classes
 NAMED = (("ar", "AR"), ("all", "ST-AR"))
 # The paper's Tables 4, 5, 6: {title: (axis, {setting: (variant, the paper's FID)})}; "all" is the paper's choice
@@ -177,8 +177,8 @@ positions (probe.py and the paper call them steps). Samples: 5,000 per run and
 guidance scale; 1.25 only for AR and all losses after 8,000 steps, for all rows after 16,000 and for the runs on the
 GPU, so that the best scale of other rows is the best without it. ± is half of a 95 % interval over seeds; differences
 are taken seed by seed (the same order of data, initial weights and masks). All lines of twenty classes are scored by
-one classifier (right on 71.4 % of decoded held-out images), but for six: `small`, and of 16,000 steps seed 2 and r =
-0.1, by one that was trained again on another processor (70.9 %); the two were not compared. Lines with `--compile` in
+one classifier (right on 71.4 % of decoded held-out images), but for `small`, of 16,000 steps seed 2, r = 0.1 and "AR
+again", and second seeds of mask ratio and K, by one that was trained again on another processor (70.9 %). Lines with `--compile` in
 their command differ from what they would be without by rounding only. What questions.md calls a change of code stands
 in the line as "diff", for `git apply` on its commit.""",
         f"## Each loss: {MAIN:,} steps (the paper's Table 3)", "Understanding", table(table3, UNDERSTANDING, AR),
@@ -191,8 +191,14 @@ lengths = sorted(steps for steps, variant in runs if variant == "all" and (steps
 for steps in lengths:
     if steps != MAIN:
         rows = {name: runs[steps, v] for v, name in LOSSES.items() if (steps, v) in runs}
+        if steps == LONG:
+            rows.pop(LIGHTER)  # below, as another classifier scored it
         cfgs = (1, 1.5, None) if steps > MAIN else (1, 1.5)
         text += [f"## Length: {steps:,} steps", table(rows, UNDERSTANDING, AR), *samples_of(rows, AR, cfgs)]
+lighter = {AR: runs[LONG, "ar-again"] | {2: runs[LONG, "ar"][2]}, LIGHTER: runs[LONG, "mask-10-k-16"]}
+text += [f"## A lighter mask and more positions: {LONG:,} steps",
+         "AR's seeds 0 and 1 were trained and scored once more (`ar-again`), so that one classifier scores all of these.",
+         table(lighter, UNDERSTANDING, AR), *samples_of(lighter, AR, (1, 1.25, 1.5))]
 text += ["## Size: 800 steps", "`nano` has 0.64M parameters, `tiny` 5.6M, `small` 22.0M in 12 layers; one seed."]
 for size in ("nano", "tiny", "small"):
     rows = {f"`{size}`, {name}": runs[800, f"{size}-{variant}"] for variant, name in NAMED}
