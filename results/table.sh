@@ -168,19 +168,19 @@ def pulls(path):
 # ---- results/README.md ----
 
 table3 = {name: runs[MAIN, variant] for variant, name in LOSSES.items() if (MAIN, variant) in runs}
-text = ["# Results", """Written by `bash results/table.sh` from runs.jsonl: one JSON line per run, with its command,
-commit, seed, versions, minutes and every number. `bash results/run.sh` trains, probes, samples and scores a run.
-Twenty classes of Tiny ImageNet (assets/tiny-imagenet-20.txt) at 32 px, shipped tokenizer, CPU preset `tiny` at other
-`--steps`, unless said; student weights, one thread per run, two runs side by side on two cores. Probe: top-1 in %,
-under the null class, on 1,000 held-out images, the contrast layer (2 of 4) unless said, at eight of the 64
-positions (probe.py and the paper call them steps). Samples: 5,000 per run and
-guidance scale; 1.25 only for AR and all losses after 8,000 steps, for all rows after 16,000 and for the runs on the
-GPU, so that the best scale of other rows is the best without it. ± is half of a 95 % interval over seeds; differences
-are taken seed by seed (the same order of data, initial weights and masks). All lines of twenty classes are scored by
-one classifier (right on 71.4 % of decoded held-out images), but for `small`, of 16,000 steps seed 2, r = 0.1 and "AR
-again", and second seeds of mask ratio and K, by one that was trained again on another processor (70.9 %). Lines with `--compile` in
-their command differ from what they would be without by rounding only. What questions.md calls a change of code stands
-in the line as "diff", for `git apply` on its commit.""",
+text = ["# Results", """Written by `bash results/table.sh` from runs.jsonl: one JSON line per run, with its command, commit, seed, versions,
+minutes and every number. `bash results/run.sh` trains, probes, samples and scores a run. Twenty classes of Tiny
+ImageNet (assets/tiny-imagenet-20.txt) at 32 px, shipped tokenizer, CPU preset `tiny` at other `--steps`, unless
+said; student weights, one thread per run, two runs side by side on two cores. Probe: top-1 in %, under the null
+class, on 1,000 held-out images, the contrast layer (2 of 4) unless said, at eight of the 64 positions (probe.py and
+the paper call them steps). Samples: 5,000 per run and guidance scale; 1.25 only for AR and all losses after 8,000
+steps, for all rows after 16,000 and for the runs on the GPU, so that the best scale of other rows is the best
+without it. ± is half of a 95 % interval over seeds; differences are taken seed by seed (the same order of data,
+initial weights and masks). All lines of twenty classes are scored by one classifier (right on 71.4 % of decoded
+held-out images), but for `small`, of 16,000 steps seed 2, r = 0.1 and "AR again", and second seeds of mask ratio
+and K, by one that was trained again on another processor (70.9 %). Lines with `--compile` in their command differ
+from what they would be without by rounding only. What questions.md calls a change of code stands in the line as
+"diff", for `git apply` on its commit.""",
         f"## Each loss: {MAIN:,} steps (the paper's Table 3)", "Understanding", table(table3, UNDERSTANDING, AR),
         *samples_of(table3, AR, references=("reconstructions", "originals"))]
 LONGER = "AR, 1.3 times the steps"
@@ -197,7 +197,7 @@ for steps in lengths:
         text += [f"## Length: {steps:,} steps", table(rows, UNDERSTANDING, AR), *samples_of(rows, AR, cfgs)]
 lighter = {AR: runs[LONG, "ar-again"] | {2: runs[LONG, "ar"][2]}, LIGHTER: runs[LONG, "mask-10-k-16"]}
 text += [f"## A lighter mask and more positions: {LONG:,} steps",
-         "AR's seeds 0 and 1 were trained and scored once more (`ar-again`), so that one classifier scores all of these.",
+         "AR's seeds 0 and 1 were trained and scored once more (`ar-again`), so that one classifier scores all.",
          table(lighter, UNDERSTANDING, AR), *samples_of(lighter, AR, (1, 1.25, 1.5))]
 text += ["## Size: 800 steps", "`nano` has 0.64M parameters, `tiny` 5.6M, `small` 22.0M in 12 layers; one seed."]
 for size in ("nano", "tiny", "small"):
