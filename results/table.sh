@@ -279,9 +279,9 @@ for title, rows in FIFTY_EPOCHS.items():
 sample.save_image("assets/probe.png", Image.fromarray(np.concatenate(panels, 1)))
 
 panels = []
-for title, rows in FIFTY_EPOCHS.items():
+for (title, rows), more in zip(FIFTY_EPOCHS.items(), (lighter, gpu)):
     lines = {}
-    for name, seeds in rows.items():
+    for name, seeds in (rows | {"r = 0.1, K = 16": more[LIGHTER]}).items():
         points = [{cfg: (100 * row["class agreement"], row["FD-c"]) for cfg, row in guided(line).items()}
                   for line in seeds.values()]
         shared = sorted(set.intersection(*map(set, points)))  # guidance scales
