@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# results/runs.jsonl -> results/README.md, the tables in README.md, assets/{probe,guidance,lengths,sweeps,distance}.png
+# results/runs.jsonl -> results/README.md, the tables in README.md,
+# assets/{probe,guidance,lengths,time,sweeps,distance}.png
 #
 #     bash results/table.sh
 #
@@ -322,6 +323,20 @@ for label, value in against_ar.items():
     panels.append(sample.line_plot(lines, "", "thousand steps", label, bands, width=480, height=300, log_x=True))
 rows = [np.concatenate(panels[:2], 1), np.concatenate(panels[2:], 1)]
 sample.save_image("assets/lengths.png", Image.fromarray(np.concatenate(rows)))
+
+panels, measured = [], {"probe, last position, top-1 %": last, "held-out loss, nats": loss,
+                        "FD-c, no guidance": free, "FD-c, guidance 1.5": guided_15}
+for label, value in measured.items():
+    lines, bands = {}, {}
+    for variant, name, cost in (("ar", "AR", 1), ("all", "ST-AR", 4 / 3), ("mask-10-k-16", "r = 0.1, K = 16", 4 / 3)):
+        there = [steps for steps in (MAIN, 2600, 8000, LONG) if (steps, variant) in runs]
+        found = [mean_and_half([value(line) for line in runs[steps, variant].values()]) for steps in there]
+        lines[name] = [(cost * steps / 1000, mean) for steps, (mean, _) in zip(there, found)]
+        bands[name] = [half for _, half in found]
+    panels.append(sample.line_plot(lines, "", "time, in thousand steps of AR", label, bands, width=480, height=300))
+rows = [np.concatenate(panels[:2], 1), np.concatenate(panels[2:], 1)]
+sample.save_image("assets/time.png", Image.fromarray(np.concatenate(rows)))
+
 panels = []
 for axis, paper in SWEEPS.values():
     chosen = [fid for variant, fid in paper.values() if variant == "all"][0]
