@@ -121,7 +121,7 @@ def in_memory(images: ImageSet, size: int, vq: VQModel | None = None) -> ImageSe
         crops = np.stack(read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)),
                                      skip_corrupt=False))
         sha.update(crops)
-        pixels[start:start + 256] = reconstruct(vq, torch.from_numpy(crops)) if vq else crops
+        pixels[start:start + 256] = reconstruct(vq, torch.from_numpy(crops)).numpy() if vq else crops
     content = [sha.hexdigest(), images.labels.tolist(), images.classes]
     if vq:
         content.append(fingerprint(vq))
@@ -597,16 +597,20 @@ def load_inception(weights: str | None, cache: str | Path, resize: str = "adm",
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), features
 
 
-def _download_inception(file) -> None:
+def _inception_chunks() -> Iterator[bytes]:
     try:
-        response = urllib.request.urlopen(INCEPTION_URL, timeout=15)
+        with urllib.request.urlopen(INCEPTION_URL, timeout=15) as response:
+            while chunk := response.read(1 << 20):
+                yield chunk
     except OSError as error:
         raise ValueError(f"{INCEPTION_URL} cannot be fetched ({error}); fetch it elsewhere and name it with "
                          "--weights, or use --features classifier.") from error
+
+
+def _download_inception(file) -> None:
     sha = hashlib.sha256()
-    bar = tqdm(total=INCEPTION_SIZE, unit="B", unit_scale=True, desc="downloading InceptionV3")
-    with response, bar:
-        while chunk := response.read(1 << 20):
+    with tqdm(total=INCEPTION_SIZE, unit="B", unit_scale=True, desc="downloading InceptionV3") as bar:
+        for chunk in _inception_chunks():  # a full disk, here, is no failure of the network
             file.write(chunk)
             sha.update(chunk)
             bar.update(len(chunk))

@@ -2146,6 +2146,20 @@ def test_fid_inception_weights():
         refuses(ValueError, "not FID's fc.weight", fid.load_inception, path, folder)
 
 
+def test_a_failed_download_is_no_full_disk():
+    """A server that falls silent in the middle is told from a disk that is full; nothing is left behind."""
+    response = MagicMock()
+    read, full = response.__enter__.return_value.read, MagicMock()
+    full.write.side_effect = OSError(28, "No space left on device")
+    with tempfile.TemporaryDirectory() as folder, \
+            patch.object(fid.urllib.request, "urlopen", return_value=response):
+        read.side_effect = [b"half", TimeoutError("timed out")]
+        refuses(ValueError, "cannot be fetched (timed out) --weights", fid.load_inception, None, folder)
+        assert not list(Path(folder).iterdir())
+        read.side_effect = [b"half", b""]
+        refuses(OSError, "No space left", fid._download_inception, full)
+
+
 def mean_features(pixels):
     """A cheap extractor: 6 features, probabilities of 3 classes."""
     x = torch.from_numpy(pixels).double()
@@ -2256,7 +2270,7 @@ def test_fid_bad_files():
         batches = fid.image_side(fid.all_images(folder)).batches
         refuses(ValueError, "different sizes --image-size", lambda: list(batches(2)))
         Path(folder, "3.png").write_bytes(b"no picture")
-        refuses(ValueError, "3.png remove", lambda: list(batches(4)))
+        refuses(ValueError, "3.png remove replace --skip-corrupt", lambda: list(batches(4)))
 
 
 def test_fid_classifier():

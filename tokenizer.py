@@ -1244,7 +1244,7 @@ def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ra
     parts = {start: place / f"{start:09d}.npz" for start in range(0, len(images), CHUNK)}
     with locked(folder) if rank == 0 else nullcontext():
         missing = {start: part for start, part in [*parts.items()][rank::world] if not part.exists()}
-        if (folder / "meta.json").exists():  # by now: parts go after it has come, so this is no gap
+        if (folder / "meta.json").exists():  # joined meanwhile: the parts are not missing but done with
             return
         _encode(images, vq, size, ratios, missing, skip_corrupt)
         if rank == 0:
