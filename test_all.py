@@ -53,6 +53,24 @@ import train
 HERE = Path(__file__).resolve().parent
 
 
+def scratch():
+    """A new, empty folder, removed when the tests end."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def close(what, seen, expected, tolerance=1e-5):
+    """Assert that two numbers or two tensors agree; if not, the message shows where they differ most."""
+    seen, expected = (torch.as_tensor(value).detach().double() for value in (seen, expected))
+    shapes = f"seen shape {tuple(seen.shape)}, expected {tuple(expected.shape)}"
+    assert seen.shape == expected.shape, f"{what}: {shapes}"
+    apart = (seen - expected).abs().nan_to_num(math.inf).flatten()
+    worst = apart.argmax()
+    numbers = f"seen {seen.flatten()[worst]:.6g}, expected {expected.flatten()[worst]:.6g}"
+    assert apart[worst] <= tolerance, f"{what}: {numbers}"
+
+
 def refuses(error, words, call, *args, **kwargs):
     """Assert that call(...) raises `error` in one line that contains all `words`."""
     try:
@@ -107,15 +125,11 @@ def finish(process):
     assert process.returncode == 0, err[-3000:]
 
 
-REFUSED = []  # command lines, counted for the last lines of a test run
-
-
 def refuses_all(main, table, *before):
     """For each line of `table`, "words | arguments": main refuses `before` and the arguments, so worded."""
     for line in table.strip().splitlines():
         words, _, arguments = line.partition("|")
         refuses((ValueError, OSError, SystemExit), words, run, main, *before, *arguments.split())
-        REFUSED.append(arguments)
 
 
 def tiny_model(seed=0, **changes):
@@ -144,8 +158,7 @@ def write_images(root, classes=4, each=12, size=32, seed=0):
 @lru_cache(maxsize=1)
 def workshop():
     """A folder with 48 images in 4 classes and a barely trained tokenizer, made once for all tests."""
-    root = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    root = scratch()
     write_images(root / "images")
     config = tokenizer.replace(tokenizer.VQ_DS4, codebook_size=64)
     vq = tokenizer.train_tokenizer(tokenizer.open_images(root / "images"), 16, config, steps=60, batch=8)
@@ -168,6 +181,16 @@ def trained_run():
 def checkpoint(name):
     """The checkpoint of a run: a name in the workshop, or a path."""
     return torch.load(workshop() / "runs" / name / "checkpoint.pt", weights_only=True)
+
+
+def altered(path, **changes):
+    """A file of weights with some entries changed: a copy, in a new folder with the files beside it."""
+    folder = scratch()
+    for file in path.parent.iterdir():
+        if file.is_file():
+            shutil.copy(file, folder)
+    torch.save(torch.load(path, weights_only=True) | changes, folder / path.name)
+    return folder / path.name
 
 
 def metrics(name):
@@ -922,47 +945,55 @@ def test_checkpoints_of_both_kinds():
 
 # ---- losses.py ---------------------------------------------------------------------------------------------
 
-def test_the_maps_of_equations_and_figures_are_true():
-    """The tables of losses.py and probe.py: functions whose own text names the equation or the figures."""
-    tables = losses.__doc__ + probe.__doc__
-    lines = re.findall(r"^    (Eq|Fig)\. ([\dabc, ]+?) +(\w+\.\S+) +(.*)$", tables, re.M)
-    numbers = {"Eq": [], "Fig": []}
-    for kind, which, name, rest in lines:
-        numbers[kind] += which.split(", ")
-        function, *_ = [named(path) for path in (name, *re.findall(r"(?:losses|model)\.[\w.]+", rest))]
-        assert kind == "Fig" or f"Eq. {which}" in inspect.getsource(function), (which, name)
-    assert numbers["Eq"] == list("2345678") and sorted(numbers["Fig"]) == ["1a", "1b", "1c", *"234567"]
-    drawn = {name: re.findall(r"\d[abc]?", function.__doc__.partition(":")[0])
-             for name, function in inspect.getmembers(probe, inspect.isfunction)
-             if (function.__doc__ or "").startswith("Figure")}
-    assert drawn == {name.removeprefix("probe."): which.split(", ")
-                     for _, which, name, _ in lines if name.startswith("probe.")}
+def test_key_masks(seed=0):
+    """Eq. 3: exactly round(r (T - 1)) keys of each row, never the class; over the rows every other one."""
+    generator = torch.Generator().manual_seed(seed)
+    for ratio, count in ((0.25, 16), (0.4, 25), (0.0, 0)):  # of 63; of 64 the second would be 26
+        mask = losses.sample_key_mask(200, 64, ratio, generator)
+        assert mask.shape == (200, 64) and mask.dtype == torch.bool, (mask.shape, mask.dtype)
+        close(f"hidden keys of each row at ratio {ratio}", mask.sum(1), torch.full((200,), count))
+        assert not mask[:, 0].any(), "position 0, the class, is hidden; expected never"
+        often = mask[:, 1:].float().mean(0)
+        close(f"share of the rows that hide a position at ratio {ratio}", often, often * 0 + ratio, 0.2)
+    for ratio in (-0.1, 1.0, math.nan):
+        refuses(ValueError, "mask ratio", losses.sample_key_mask, 2, 64, ratio, generator)
 
 
-def test_key_masks():
-    for ratio, count in ((0.25, 16), (0.4, 25)):  # of 63; of 64 it would be 26
-        mask = losses.sample_key_mask(50, 64, ratio, torch.Generator().manual_seed(0))
-        assert mask.shape == (50, 64) and (mask.sum(1) == count).all() and not mask[:, 0].any()
-        assert mask.float().mean(0)[1:].min() > 0  # every position is hidden now and then
-    for ratio in (-0.1, 1.0, float("nan")):
-        refuses(ValueError, "mask ratio", losses.sample_key_mask, 2, 64, ratio, torch.Generator())
-
-
-def test_positions():
-    seen = set()
-    for seed in range(200):
-        positions = losses.sample_positions(16, 4, torch.Generator().manual_seed(seed)).tolist()
-        assert len(set(positions)) == 4
+def test_positions(seed=0):
+    """Eq. 5: distinct, from 1 ... T - 1, each now and then."""
+    generator, seen = torch.Generator().manual_seed(seed), set()
+    for _ in range(200):
+        positions = losses.sample_positions(16, 4, generator).tolist()
+        assert len(set(positions)) == 4, f"seen {positions}, expected 4 different positions"
         seen |= set(positions)
-    assert seen == set(range(1, 16))
-    refuses(ValueError, "K = 16", losses.sample_positions, 16, 16, torch.Generator())
+    assert seen == set(range(1, 16)), f"in 200 draws seen {sorted(seen)}, expected all of 1 ... 15"
+    refuses(ValueError, "K = 16", losses.sample_positions, 16, 16, generator)
 
 
-def test_mim_loss():
-    h = torch.randn(2, 5, 8)
-    assert losses.mim_loss(h, 3 * h).abs() < 1e-6 and abs(losses.mim_loss(h, -h) - 2) < 1e-6
-    a, b = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1.0, 1.0]]])
-    assert abs(losses.mim_loss(a, b).item() - (1 - 1 / math.sqrt(2))) < 1e-6
+def numbers(seed, *shape):
+    """Random numbers for a test of the losses: another seed, another variant of the test."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_ar_loss(seed=0):
+    """Eq. 2 by a loop: the logits of place t are for the token of place t, not for a neighbour's."""
+    logits, tokens = numbers(seed, 2, 5, 7), numbers(seed + 1, 2, 5).abs().mul(100).long() % 7
+    expected = 0
+    for b in range(2):
+        for t in range(5):
+            chance = logits[b, t].exp() / logits[b, t].exp().sum()
+            expected -= chance[tokens[b, t]].log() / 10
+    close("Eq. 2", losses.ar_loss(logits, tokens), expected)
+
+
+def test_mim_loss(seed=0):
+    """Eq. 4: 1 - cosine, averaged over images and positions."""
+    h, other = numbers(seed, 2, 5, 8), numbers(seed + 1, 2, 5, 8)
+    close("L_MIM of features in the same direction", losses.mim_loss(h, 3 * h), 0)
+    close("L_MIM of opposite features", losses.mim_loss(h, -h), 2)
+    expected = [1 - a @ b / (a @ a).sqrt() / (b @ b).sqrt()
+                for a, b in zip(h.flatten(0, 1), other.flatten(0, 1))]
+    close("L_MIM of two sets of features", losses.mim_loss(h, other), sum(expected) / 10)
 
 
 def nce_by_hand(anchor, targets, positive, temperature):
@@ -971,59 +1002,73 @@ def nce_by_hand(anchor, targets, positive, temperature):
     return -scores[positive] + math.log(sum(math.exp(score) for score in scores))
 
 
-def test_info_nce_is_the_double_loop():
-    torch.manual_seed(0)
-    a, t = torch.randn(3, 4, 6), torch.randn(3, 12, 6)
+def test_info_nce_is_the_double_loop(seed=0):
+    """3 slots of 4 anchors and 12 targets; the positive of anchor b is target b, the others are negatives."""
+    a, t = numbers(seed, 3, 4, 6), numbers(seed + 1, 3, 12, 6)
     loss, accuracy = losses.info_nce(a, t, 0.3)
-    expected = np.mean([nce_by_hand(a[s, b], t[s], b, 0.3) for s in range(3) for b in range(4)])
-    assert abs(loss.item() - expected) < 1e-5 and 0 <= accuracy <= 1
-    assert losses.info_nce(t[:, :4], t, 0.1)[1] == 1 > losses.info_nce(t[:, 4:8], t, 0.1)[1]
+    close("InfoNCE", loss, np.mean([nce_by_hand(a[s, b], t[s], b, 0.3) for s in range(3) for b in range(4)]))
+    closest = F.cosine_similarity(a[:, :, None], t[:, None], dim=-1).argmax(-1)  # (3, 4)
+    close("accuracy", accuracy, (closest == torch.arange(4)).float().mean())
+    close("accuracy of anchors that are their targets", losses.info_nce(t[:, :4], t, 0.1)[1], 1)
+    close("accuracy of anchors that are other targets", losses.info_nce(t[:, 4:8], t, 0.1)[1], 0)
 
 
 def test_losses_are_float32_under_autocast():
     """Targets of mean cosine .99 are told apart; products in bfloat16 made most of them ties."""
-    torch.manual_seed(0)
-    targets = torch.randn(1, 1, 96) + 0.1 * torch.randn(2, 24, 96)
-    anchors = targets + 1e-3 * torch.randn_like(targets)
+    targets = numbers(0, 1, 1, 96) + 0.1 * numbers(1, 2, 24, 96)
+    anchors = targets + 1e-3 * numbers(2, 2, 24, 96)
     plain = losses.info_nce(anchors, targets, 0.2), losses.mim_loss(anchors, targets)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = losses.info_nce(anchors, targets, 0.2), losses.mim_loss(anchors, targets)
     assert same(plain, mixed) and plain[0][1] == 1
 
 
-def test_step_and_view_losses_are_equations_6_and_7():
-    torch.manual_seed(0)
+def test_step_and_view_losses_are_equations_6_and_7(seed=0):
+    """All views, positions and images by loops; negatives are the other images of the same slot."""
     V, K, B, C = 2, 3, 4, 6
-    z, h = torch.randn(V, K, B, C), torch.randn(V, K, B, C)
+    z, h = numbers(seed, V, K, B, C), numbers(seed + 1, V, K, B, C)
     step = [nce_by_hand(z[m, i, b], h[m, j], b, 0.2)
             for m in range(V) for i in range(K) for j in range(K) if i != j for b in range(B)]
     view = [nce_by_hand(z[i, k, b], h[j, k], b, 0.2)
             for i in range(V) for j in range(V) if i != j for k in range(K) for b in range(B)]
-    assert abs(losses.step_loss(z, h, 0.2)[0].item() - np.mean(step)) < 1e-5
-    assert abs(losses.view_loss(z, h, 0.2)[0].item() - np.mean(view)) < 1e-5
+    close("Eq. 6", losses.step_loss(z, h, 0.2)[0], np.mean(step))
+    close("Eq. 7", losses.view_loss(z, h, 0.2)[0], np.mean(view))
     refuses(ValueError, "K >= 2", losses.step_loss, z[:, :1], h[:, :1], 0.2)
     refuses(ValueError, "V >= 2", losses.view_loss, z[:1], h[:1], 0.2)
 
 
-def test_total_loss():
-    values = {"ar": 1.0, "mim": 10.0, "step": 100.0, "view": 300.0}
-    terms = {name: torch.tensor(value) for name, value in values.items()}
-    assert losses.total_loss(terms, 0.5, 0.1) == 1 + 5 + 20
-    assert losses.total_loss({"ar": terms["ar"], "view": terms["view"]}, 0.5, 0.1) == 1 + 15  # the /2 stays
+def test_total_loss(seed=0):
+    """Eq. 8; a term that is absent counts as zero, and the division by 2 stays."""
+    ar, mim, step, view, alpha, beta = numbers(seed, 6).abs()
+    terms = {"ar": ar, "mim": mim, "step": step, "view": view}
+    close("Eq. 8", losses.total_loss(terms, alpha, beta), ar + alpha * mim + beta * (step + view) / 2)
+    del terms["mim"], terms["step"]
+    close("Eq. 8 without MIM and step", losses.total_loss(terms, alpha, beta), ar + beta * view / 2)
 
 
-def test_label_accuracy():
-    assert abs(losses.label_accuracy(torch.tensor([1, 1, 2, 3])).item() - (0.5 + 0.5 + 1 + 1) / 4) < 1e-6
+def test_label_accuracy(seed=0):
+    """Among m images of one class a guess is right with chance 1 / m."""
+    classes = numbers(seed, 12).mul(10).long() % 5
+    expected = np.mean([1 / classes.tolist().count(c) for c in classes.tolist()])
+    close(f"label accuracy of classes {classes.tolist()}", losses.label_accuracy(classes), expected)
 
 
-def test_ema_and_no_gradient_for_the_teacher():
+def test_ema_and_no_gradient_for_the_teacher(seed=0):
     student, teacher = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    old, new = teacher.weight.clone(), student.weight.clone()
+    for i, p in enumerate([*student.parameters(), *teacher.parameters()]):
+        p.data = numbers(seed + i, *p.shape)
+    old, new = ([p.clone() for p in net.parameters()] for net in (teacher, student))
     losses.update_ema(teacher, student, 0.9)
-    assert torch.allclose(teacher.weight, 0.9 * old + 0.1 * new) and torch.equal(student.weight, new)
-    z, h = torch.randn(2, 2, 3, 4, requires_grad=True), torch.randn(2, 2, 3, 4, requires_grad=True)
-    (losses.step_loss(z, h, 0.2)[0] + losses.view_loss(z, h, 0.2)[0] + losses.mim_loss(z[0], h[0])).backward()
-    assert z.grad.abs().sum() > 0 and h.grad is None
+    for before, follows, p, kept in zip(old, new, teacher.parameters(), student.parameters()):
+        close("teacher after an update with decay 0.9", p, 0.9 * before + 0.1 * follows)
+        close("student after the teacher's update", kept, follows, 0)
+    pairs = {"step": lambda z, h: losses.step_loss(z, h, 0.2)[0], "mim": losses.mim_loss,
+             "view": lambda z, h: losses.view_loss(z, h, 0.2)[0]}
+    for name, loss in pairs.items():
+        z, h = (numbers(seed + i, 2, 2, 3, 4).requires_grad_() for i in (8, 9))
+        loss(z, h).backward()
+        assert z.grad is not None and z.grad.any(), f"{name}: no gradient reaches the student; expected one"
+        assert h.grad is None, f"{name}: a gradient reaches the teacher; expected none"
 
 
 # ---- train.py ----------------------------------------------------------------------------------------------
@@ -3016,8 +3061,6 @@ def main():
             found = f"{printed[-2000:]}\n{traceback.format_exc()}"
         title = re.sub("^(test|stress)_", "", name).replace("_", " ")
         print(f"{result} {time.time() - start:5.1f} s  {title}", *[found] * bool(found), sep="\n", flush=True)
-    if REFUSED:
-        print(f"{len(REFUSED)} bad command lines were refused, each in one line")
     if skipped:
         print(f"no GPU here: {len(skipped)} test(s) skipped")
     print(f"{len(tests) - failed} passed, {failed} failed")
