@@ -224,6 +224,16 @@ def deleting(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} was damaged and is deleted; run the same command again.") from None
 
 
+class Foreign:
+    """Stands in for an object beside the weights whose class torch does not trust; nothing of it is kept."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
 def read_weights(path: str | Path) -> dict:
     """The dictionary that torch.save wrote to `path`, on the CPU, memory-mapped; nothing in it can run code.
 
@@ -235,11 +245,29 @@ def read_weights(path: str | Path) -> dict:
         zipped = zipfile.is_zipfile(path)  # all but files from before torch 1.6
         if zipped and (bad := zipfile.ZipFile(path).testzip()):  # torch itself does not compare checksums
             raise ValueError(f"wrong checksum of {bad}")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # in LlamaGen's training files
+        # Other people's files hold numpy scalars, paths or settings of their own beside the weights. Instead of
+        # trusting those classes we put an empty one in their place. torch 2.5 cannot: it refuses such a file.
+        unsafe = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: [])
+        foreign = [(Foreign, name) for name in (unsafe(path) if zipped else []) if name != "argparse.Namespace"]
+        with torch.serialization.safe_globals([argparse.Namespace, *foreign]):  # in LlamaGen's training files
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
     return content
+
+
+def find_weights(content: dict, known: str) -> dict:
+    """The state dict in a file's `content` that has a weight called `known`; {} if there is none.
+
+    It is `content` itself or below one of the usual names. What stands before all names is taken off, such as
+    "module." (several GPUs) and "_orig_mod." (torch.compile).
+    """
+    for state in (*map(content.get, ("model", "module", "state_dict", "ema")), content):
+        for name in state if isinstance(state, dict) else ():
+            if str(name).endswith(known):
+                before = name.removesuffix(known)
+                return {name.removeprefix(before): weight for name, weight in state.items()}
+    return {}
 
 
 def check_finite(path: str | Path, weights: dict) -> None:
@@ -917,9 +945,9 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
         raise FileNotFoundError(f"no tokenizer at {path}; name a file, such as a run's tokenizer.pt, or "
                                 "train one: python tokenizer.py train")
     content = read_weights(path)
-    state = content["model"] if isinstance(content.get("model"), dict) else content
-    if "quantize.embedding.weight" not in state:
-        found = "a transformer" if "tok_embeddings.weight" in state else "neither tokenizer nor transformer"
+    state = find_weights(content, "quantize.embedding.weight")
+    if not state:
+        found = "a transformer" if find_weights(content, "tok_embeddings.weight") else "neither tokenizer nor transformer"
         raise ValueError(f"{path} holds {found}; expected a VQ tokenizer, such as vq_ds16_c2i.pt.")
     check_finite(path, state)
     with telling(path, "tokenizer of the structure that it names, else of vq_ds16"):
