@@ -1,15 +1,14 @@
-#!/usr/bin/env bash
-# results/runs.jsonl -> results/README.md, the tables in README.md,
-# assets/{probe,guidance,lengths,time,sweeps,distance}.png
-#
-#     bash results/table.sh
-#
-# Runs are named VARIANT-STEPS-sSEED; of two lines of one run the later counts. A mean over seeds stands with half of
-# its 95 % interval (Student's t), a difference is taken seed by seed. Of two seeds both values stand: their interval
-# says little.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-PYTHONPATH=. python - <<'EOF'
+"""results/runs.jsonl -> results/README.md, the tables in README.md,
+assets/{probe,guidance,lengths,time,sweeps,distance}.png
+
+    python results/table.py
+
+Runs are named VARIANT-STEPS-sSEED; of two lines of one run the later counts. A mean over seeds stands with half of
+its 95 % interval (Student's t), a difference is taken seed by seed. Of two seeds both values stand: their interval
+says little.
+"""
+import os
+import sys
 import json
 import math
 import re
@@ -18,6 +17,10 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+os.chdir(ROOT)
+sys.path.insert(0, str(ROOT))
 
 import probe
 import sample
@@ -348,4 +351,3 @@ for axis, paper in SWEEPS.values():
     panels.append(sample.line_plot(lines, "", axis, "relative to the paper's choice", width=480, height=300))
 sample.save_image("assets/sweeps.png", Image.fromarray(np.concatenate(panels, 1)))
 print(f"results/README.md, README.md, assets/: {sum(map(len, runs.values()))} runs")
-EOF
