@@ -1,17 +1,16 @@
-"""results/runs.jsonl -> results/README.md, the tables in README.md,
-assets/{probe,guidance,lengths,time,sweeps,distance}.png
+"""Write the tables and the pictures of the recorded runs.
 
     python results/table.py
 
-Runs are named VARIANT-STEPS-sSEED; of two lines of one run the later counts. A mean over seeds stands with half of
-its 95 % interval (Student's t), a difference is taken seed by seed. Of two seeds both values stand: their interval
-says little.
+Reads results/runs.jsonl, one line per run, and results/gradients.jsonl. Fills the tables of results/README.md
+and README.md, between the lines `<!-- results/table.py writes NAME -->` and `<!-- to here -->`, and draws
+assets/{probe,guidance,lengths,sweeps,distance}.png. All else on the two pages is written by hand.
 """
-import os
-import sys
+
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,93 +18,116 @@ import scipy.stats
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 
 import probe
 import sample
 
-LOSSES = {"ar": "AR", "mim": "+ MIM", "mim-step": "+ MIM + step", "mim-view": "+ MIM + view",
-          "step-view": "+ step + view", "all": "**all (ST-AR)**",  # the rows of the paper's Table 3
-          "mask-10-k-16": "all, r = 0.1, K = 16"}  # and one of ours
-MAIN, LONG, AR, ALL, LIGHTER = 2000, 16000, LOSSES["ar"], LOSSES["all"], LOSSES["mask-10-k-16"]
-GPU, GPU_PREFIX = 9750, "200-"  # runs of the preset `tiny` as it is on a GPU: 50 epochs of all 200 classes
-NAMED = (("ar", "AR"), ("all", "ST-AR"))
-# The paper's Tables 4, 5, 6: {title: (axis, {setting: (variant, the paper's FID)})}; "all" is the paper's choice
+NAMES = {"ar": "AR", "mim": "+ MIM", "mim-step": "+ MIM + step", "mim-view": "+ MIM + view",
+         "step-view": "+ step + view", "all": "**ST-AR**",  # the rows of the paper's Table 3, and one of ours
+         "mask-10-k-16": "ST-AR, r = .1, K = 16"}
+AR, STAR, LIGHTER = NAMES["ar"], NAMES["all"], NAMES["mask-10-k-16"]
+# The paper's Tables 4, 5 and 6: {name: (axis, {setting: (variant, the paper's FID)})}; "all": its choice
 SWEEPS = {
-    "Mask ratio (the paper's Table 4)": ("hidden keys, %", {
-        10: ("mask-10", math.nan), 15: ("mask-15", 28.62), 25: ("all", 26.58), 35: ("mask-35", 26.36),
-        45: ("mask-45", 27.50)}),
-    "Depth of the contrast (Table 5)": ("quarter of the layers", {
-        1: ("depth-1", 27.34), 2: ("all", 26.58), 3: ("depth-3", 28.76), 4: ("depth-4", 29.45)}),
-    "Positions K (Table 6)": ("K", {
-        2: ("k-2", 27.50), 4: ("all", 26.58), 8: ("k-8", 26.54), 16: ("k-16", 25.78)})}
-runs = {}  # (steps, variant) -> {seed: line}
-for line in map(json.loads, open("results/runs.jsonl")):
-    variant, steps, seed = re.fullmatch(r"(.+)-(\d+)-s(\d+)", line["run"]).groups()
-    runs.setdefault((int(steps), variant), {})[int(seed)] = line
+    "mask ratio": ("hidden keys, %", {10: ("mask-10", math.nan), 15: ("mask-15", 28.62), 25: ("all", 26.58),
+                                      35: ("mask-35", 26.36), 45: ("mask-45", 27.50)}),
+    "depth": ("quarter of the layers", {1: ("depth-1", 27.34), 2: ("all", 26.58), 3: ("depth-3", 28.76),
+                                        4: ("depth-4", 29.45)}),
+    "positions": ("K", {2: ("k-2", 27.50), 4: ("all", 26.58), 8: ("k-8", 26.54), 16: ("k-16", 25.78)})}
 
 
-# ---- Columns: {name: (value of a line, decimals)} ----
+def read_runs() -> dict[tuple[int, str], dict[int, dict]]:
+    """{(steps, variant): {seed: line}} of runs.jsonl, whose runs are named VARIANT-STEPS-sSEED.
 
-def curve(line, layer=None):
-    """The probe's accuracy in % at the eight steps, of one layer (the run's own)."""
+    Of two lines of one run the later counts.
+    """
+    runs = {}
+    for line in map(json.loads, (ROOT / "results/runs.jsonl").read_text().splitlines()):
+        variant, steps, seed = re.fullmatch(r"(.+)-(\d+)-s(\d+)", line["run"]).groups()
+        runs.setdefault((int(steps), variant), {})[int(seed)] = line
+    return runs
+
+
+# ---- Columns: {heading: (value of a line, decimals)} -------------------------------------------------------
+
+def curve(line: dict, layer: int | None = None) -> list[float]:
+    """The probe's accuracy in % at the eight positions, of one layer (default: that of the contrast)."""
     layer = layer or line["layer"]
-    return [100 * r["accuracy"] for r in line["probe"] if r["layer"] == layer and r["step"] != "mean"]
+    return [100 * row["accuracy"] for row in line["probe"] if row["layer"] == layer and row["step"] != "mean"]
 
 
-def pooled(line):
-    return [100 * r["accuracy"] for r in line["probe"] if r["layer"] == line["layer"] and r["step"] == "mean"][0]
+def pooled(line: dict) -> float:
+    """The probe's accuracy in % on features averaged over all positions."""
+    return next(100 * row["accuracy"] for row in line["probe"]
+                if row["layer"] == line["layer"] and row["step"] == "mean")
 
 
-def guided(line, reference="reconstructions"):
-    """{guidance scale: scores} of one line."""
-    return {float(row[3:]): values for row, values in line["scores"][reference].items() if row.startswith("cfg")}
+def held_out_loss(line: dict) -> float:
+    """Next-token loss on held-out images, nats per token."""
+    return line["metrics"]["val_nll"]
 
 
-for seeds in runs.values():  # the guidance scale with the lowest FD-c against decoded real codes, mean over seeds
-    shared = set.intersection(*(set(guided(line)) for line in seeds.values()))
-    best = min(sorted(shared), key=lambda cfg: sum(guided(line)[cfg]["FD-c"] for line in seeds.values()))
-    for line in seeds.values():
-        line["best_cfg"] = best
+def guided(line: dict, reference: str = "reconstructions") -> dict[float, dict]:
+    """{guidance scale: scores} of a line, against decoded real images or against "originals"."""
+    return {float(name[3:]): row for name, row in line["scores"][reference].items() if name.startswith("cfg")}
 
 
-def score(measure, cfg, reference="reconstructions"):
+def score(measure: str, cfg: float, reference: str = "reconstructions"):
+    """A function from a line to one score; nan where nothing was sampled at this guidance scale."""
     factor = 100 if measure == "class agreement" else 1
-    return lambda line: factor * guided(line, reference)[cfg or line["best_cfg"]][measure]
+    return lambda line: factor * guided(line, reference).get(cfg, {}).get(measure, math.nan)
 
+
+def classifier(line: dict) -> str:
+    """The classifier that scored a line: its digest or, in older lines, how often it is right."""
+    if "classifiers" in line:
+        return line["classifiers"]["reconstructions"]
+    return f"{line['scores']['reconstructions']['held-out']['class agreement']:.4f}"
+
+
+RUNS = read_runs()
+CLASSIFIERS = {}  # classifier -> the first line that it scored
+for one in (line for seeds in RUNS.values() for line in seeds.values()):
+    CLASSIFIERS.setdefault(classifier(one), one)
+LETTERS = dict(zip(CLASSIFIERS, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 
 UNDERSTANDING = {
-    "last position": (lambda line: curve(line)[-1], 1), "best position": (lambda line: max(curve(line)), 1),
-    "mean of eight": (lambda line: np.mean(curve(line)), 1), "mean-pooled": (pooled, 1),
-    "best layer, last position": (
-        lambda line: max(curve(line, layer)[-1] for layer in {r["layer"] for r in line["probe"]}), 1),
-    "held-out loss": (lambda line: line["metrics"]["val_nll"], 3),
-    "the teacher's": (lambda line: line.get("teacher_nll", math.nan), 3)}
-MEASURES = {"FD-c": 3, "IS-c": 2, "precision-c": 3, "recall-c": 3, "class agreement": 1}
+    "last position": (lambda line: curve(line)[-1], 1),
+    "best position": (lambda line: max(curve(line)), 1),
+    "mean of eight": (lambda line: np.mean(curve(line)), 1),
+    "mean-pooled": (pooled, 1),
+    "best layer": (lambda line: max(curve(line, row["layer"])[-1] for row in line["probe"]), 1),
+    "held-out loss": (held_out_loss, 3),
+    "per image": (lambda line: 64 * held_out_loss(line), 1)}  # all runs have 64 tokens
+BRIEF = {name: UNDERSTANDING[name]
+         for name in ("last position", "mean of eight", "mean-pooled", "held-out loss")}
+BRIEF |= {"classifier": (lambda line: LETTERS[classifier(line)], None), "FD-c": (score("FD-c", 1), 3),
+          "FD-c, cfg 1.5": (score("FD-c", 1.5), 3),
+          "to originals, cfg 1.5": (score("FD-c", 1.5, "originals"), 3),
+          "class agreement, cfg 1.5": (score("class agreement", 1.5), 1)}
 
 
-def scores(cfg, reference):
-    """Columns of one guidance scale, or with None of each row's best."""
-    scale = {"cfg": (lambda line: line["best_cfg"], 2)} if cfg is None else {}
-    return scale | {name: (score(name, cfg, reference), decimals) for name, decimals in MEASURES.items()}
+def samples_at(cfg: float) -> dict:
+    """The columns of samples drawn at one guidance scale."""
+    return {"classifier": BRIEF["classifier"], "FD-c": (score("FD-c", cfg), 3),
+            "FD-c to originals": (score("FD-c", cfg, "originals"), 3), "IS-c": (score("IS-c", cfg), 2),
+            "precision-c": (score("precision-c", cfg), 3), "recall-c": (score("recall-c", cfg), 3),
+            "class agreement": (score("class agreement", cfg), 1)}
 
 
-brief = {name: UNDERSTANDING[name] for name in ("last position", "mean of eight", "mean-pooled", "held-out loss")}
-for measure, cfg in (("FD-c", 1), ("FD-c", 1.5), ("IS-c", 1.5), ("class agreement", 1.5)):
-    brief[f"{measure}, cfg {cfg}"] = score(measure, cfg), MEASURES[measure]
+# ---- Tables ------------------------------------------------------------------------------------------------
 
-
-# ---- Tables ----
-
-def mean_and_half(values):
-    """Mean, and half of its 95 % interval; 0 for one value."""
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval by Student's t; 0 for one value."""
     n = len(values)
     half = scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else 0.0
     return float(np.mean(values)), float(half)
 
 
-def cell(values, decimals, sign=""):
+def cell(values: list, decimals: int | None, sign: str = "") -> str:
+    """Mean ± half interval, or both of two values: their interval says little. Text has no decimals."""
+    if decimals is None:
+        return "".join(values)
     if not np.isfinite(values).all():  # not measured
         return ""
     if len(values) == 2:
@@ -114,240 +136,242 @@ def cell(values, decimals, sign=""):
     return f"{mean:{sign}.{decimals}f}" + (f" ± {half:.{decimals}f}" if len(values) > 1 else "")
 
 
-def table(rows, columns, against=None):
-    """A Markdown table of {name: {seed: line}}, and below it each row's difference to the row `against`."""
-    def written(title, seeds, cells):
-        return f"| {title} | {seeds} | " + " | ".join(cells) + " |"
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines).replace("|  |", "| |")
 
-    text = ["| | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+
+def table(rows: dict[str, dict[int, dict]], columns: dict, against: str = "") -> str:
+    """A table of {name: {seed: line}}; below it each row's difference to the row `against`, seed by seed."""
+    text = []
     for name, seeds in rows.items():
-        text.append(written(name, len(seeds), [cell([value(line) for line in seeds.values()], decimals)
-                                               for value, decimals in columns.values()]))
+        text.append([name, len(seeds), *(cell([value(line) for line in seeds.values()], decimals)
+                                         for value, decimals in columns.values())])
     for name, seeds in rows.items() if against else ():
         both = sorted(seeds.keys() & rows[against].keys())
         if name != against and both:
-            title = f"*{name.strip('*')}, less {against.strip('*')}*"
-            text.append(written(title, len(both), [
-                cell([value(seeds[seed]) - value(rows[against][seed]) for seed in both], decimals, "+")
-                for value, decimals in columns.values()]))
-    return "\n".join(text)
+            text.append([f"*{name.strip('*')}, less {against.strip('*')}*", len(both)])
+            for value, decimals in columns.values():
+                differences = [] if decimals is None else [
+                    value(seeds[seed]) - value(rows[against][seed]) for seed in both]
+                text[-1].append(cell(differences, decimals, "+"))
+    return markdown(["", "seeds", *columns], text)
 
 
-def samples_of(rows, against=None, cfgs=(1, None), references=("reconstructions",)):
-    """Titled tables of samples, for each reference and guidance scale (None: each row's best)."""
-    text = []
-    for reference in references:
-        for cfg in cfgs:
-            how = "the best guidance scale of each row" if cfg is None else f"guidance {cfg:g}"
-            what = "decoded real codes" if reference == "reconstructions" else "originals"
-            text += [f"Samples at {how}, against {what}", table(rows, scores(cfg, reference), against)]
+def samples(rows: dict[str, dict[int, dict]], cfgs: tuple[float, ...], against: str = "") -> str:
+    """For each guidance scale a table of the rows that were sampled at it."""
+    parts = []
+    for cfg in cfgs:
+        sampled = {name: seeds for name, seeds in rows.items()
+                   if all(cfg in guided(line) for line in seeds.values())}
+        parts += [f"Samples at guidance {cfg:g}" if cfg > 1 else "Samples without guidance",
+                  table(sampled, samples_at(cfg), against)]
+    return "\n\n".join(parts)
+
+
+def whole(rows: dict[str, dict[int, dict]], cfgs: tuple[float, ...], against: str) -> str:
+    """The table of understanding, then those of samples."""
+    return table(rows, UNDERSTANDING, against) + "\n\n" + samples(rows, cfgs, against)
+
+
+def variants(steps: int, prefix: str = "") -> dict[str, dict[int, dict]]:
+    """The rows of NAMES that were run for so many steps."""
+    return {name: RUNS[steps, prefix + v] for v, name in NAMES.items() if (steps, prefix + v) in RUNS}
+
+
+def minutes() -> str:
+    """What a step of ST-AR costs: recorded minutes of training, for each seed, and ST-AR's over AR's."""
+    rows = []
+    for title, steps, prefix in (
+            ("2,000 steps, eager", 2000, ""), ("8,000 steps, compiled", 8000, ""),
+            ("16,000 steps, compiled", 16000, ""), ("200 classes, on a GPU", 9750, "200-")):
+        ar, star = ([line["train_minutes"] for _, line in sorted(RUNS[steps, prefix + v].items())]
+                    for v in ("ar", "all"))
+        rows.append([title, *(", ".join(map(str, values)) for values in (ar, star)),
+                     ", ".join(f"{b / a:.2f}" for a, b in zip(ar, star))])
+    return markdown(["", "AR, minutes", "ST-AR, minutes", "ratio"], rows)
+
+
+def real_images() -> str:
+    """What each classifier says of real images."""
+    rows = []
+    for key, line in CLASSIFIERS.items():
+        decoded, originals = line["scores"]["reconstructions"]["held-out"], line["scores"]["originals"]
+        held_out, floor = originals["held-out"], originals["reconstructions"]
+        scored = sum(classifier(line) == key for seeds in RUNS.values() for line in seeds.values())
+        rows.append([LETTERS[key], scored, f"{100 * decoded['class agreement']:.1f}",
+                     f"{decoded['FD-c']:.3f}", f"{decoded['IS-c']:.2f}", f"{held_out['FD-c']:.3f}",
+                     f"{floor['FD-c']:.3f}"])
+    return markdown(["classifier", "runs scored", "class agreement", "FD-c", "IS-c", "originals: FD-c",
+                     "decoded to originals: FD-c"], rows)
+
+
+def gradients() -> str:
+    """The table of gradients.jsonl."""
+    terms, rows = ("ar", "mim", "step", "view"), []
+    for line in map(json.loads, (ROOT / "results/gradients.jsonl").read_text().splitlines()):
+        rows.append([f"{line['after']:,}", *(f"{line[term]['share']:.2f}" for term in terms),
+                     *(f"{line[term]['cosine_with_ar']:+.2f}" for term in terms[1:]),
+                     f"{line['whole_norm']:.2f}"])
+    return markdown(["after step", "share of AR", "MIM", "step", "view", "cosine with AR: MIM", "step",
+                     "view", "norm of all"], rows)
+
+
+def summary() -> str:
+    """The table of README.md: means over seeds, without their intervals."""
+    columns = {"probe, last position": (lambda line: curve(line)[-1], 0), "probe, mean-pooled": (pooled, 0),
+               "class agreement": (score("class agreement", 1), 0), "held-out loss": (held_out_loss, 2),
+               "FD-c": (score("FD-c", 1.25), 2), "FD-c to originals": (score("FD-c", 1.25, "originals"), 2)}
+    rows = []
+    for title, steps, prefix in (("200 classes", 9750, "200-"), ("20 classes", 16000, "")):
+        for variant in ("ar", "all"):
+            seeds = RUNS[steps, prefix + variant].values()
+            means = [f"{np.mean([value(line) for line in seeds]):.{decimals}f}"
+                     for value, decimals in columns.values()]
+            rows.append([f"{title}, {NAMES[variant].strip('*')}", *means])
+    return markdown(["", *columns], rows)
+
+
+def tables() -> dict[str, str]:
+    """{name: text} of everything that stands in results/README.md between two marks."""
+    three = variants(2000)
+    equal = {AR: three[AR], "AR, 2,600 steps": RUNS[2600, "ar"], "+ step + view": three["+ step + view"],
+             STAR: three[STAR]}
+    long = variants(16000)
+    long.pop(LIGHTER)  # scored by another classifier, and compared with AR runs that it scored, too
+    again = {AR: RUNS[16000, "ar-again"] | {2: RUNS[16000, "ar"][2]}, LIGHTER: RUNS[16000, "mask-10-k-16"]}
+    gpu = variants(9750, "200-")
+    pair = {AR: gpu[AR], STAR: gpu[STAR]}  # the lighter mask was sampled in another precision
+    text = {"each loss": whole(three, (1, 1.5), AR), "equal time": whole(equal, (1, 1.5), "AR, 2,600 steps"),
+            "minutes": minutes(), "500 steps": whole(variants(500), (1, 1.5), AR),
+            "8,000 steps": whole(variants(8000), (1, 1.25, 1.5), AR),
+            "16,000 steps": whole(long, (1, 1.25, 1.5), AR), "lighter mask": whole(again, (1, 1.25, 1.5), AR),
+            "200 classes": table(gpu, UNDERSTANDING, AR) + "\n\n" + samples(pair, (1, 1.25, 1.5, 2), AR),
+            "tiny on a CPU": table({STAR: RUNS[5000, "all"]}, UNDERSTANDING),
+            "shapes": whole(variants(600, "shapes-"), (1, 1.5), AR),
+            "real images": real_images(), "gradients": gradients()}
+    sizes = {f"`{size}`, {name}": RUNS[800, f"{size}-{v}"] for size in ("nano", "tiny", "small")
+             for v, name in (("ar", "AR"), ("all", "ST-AR"))}
+    text["size"] = table(sizes, BRIEF)
+    pairs = {v: {seed: line for seed, line in seeds.items() if seed < 2}
+             for (steps, v), seeds in RUNS.items() if steps == 2000}
+    for name, (_, settings) in SWEEPS.items():
+        text[name] = table({f"{setting} ({fid})".replace(" (nan)", ""): pairs[v]
+                            for setting, (v, fid) in settings.items()}, BRIEF)
+    swept = {v for _, settings in SWEEPS.values() for v, _ in settings.values()}
+    asked = ("ar", "all", *sorted(pairs.keys() - NAMES.keys() - swept))
+    text["questions"] = table({NAMES.get(v, v): {0: pairs[v][0]} for v in asked}, BRIEF)
     return text
 
 
-def bounds(line):
-    """What real images score: the same in every line, as it belongs to the images and the tokenizer."""
-    rows = {"held-out images, decoded (against decoded real codes)": line["scores"]["reconstructions"]["held-out"],
-            "**the floor**: training images, decoded (against originals)":
-                line["scores"]["originals"]["reconstructions"],
-            "held-out images (against originals)": line["scores"]["originals"]["held-out"]}
-    text = ["| real images | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
-    for name, row in rows.items():
-        values = [f"{row[m] * (100 if m == 'class agreement' else 1):.{d}f}" for m, d in MEASURES.items()]
-        text.append(f"| {name} | " + " | ".join(values) + " |")
-    return "\n".join(text)
+def fill(page: str, texts: dict[str, str]) -> None:
+    """Write each text between its two marks on a page; SystemExit, naming the mark, if they are not there."""
+    path = ROOT / page
+    content = path.read_text()
+    for name, text in texts.items():
+        start, end = f"<!-- results/table.py writes {name} -->", "<!-- to here -->"
+        before, found, rest = content.partition(start)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            raise SystemExit(f"{page} has no line {start} with a line {end} below it; add both, and the "
+                             "table will stand between them.")
+        content = f"{before}{start}\n\n{text}\n\n{end}{after}"
+    path.write_text(content)
 
 
-def pulls(path):
-    """The table of results/gradients.jsonl."""
-    terms, text = ("ar", "mim", "step", "view"), []
-    text = ["| run | after step | share of AR | MIM | step | view | cosine with AR: MIM | step | view | norm of all |",
-            "|---" * 10 + "|"]
-    for d in map(json.loads, open(path)):
-        cells = [f"{d[t]['share']:.2f}" if t in d else "" for t in terms]
-        cells += [f"{d[t]['cosine_with_ar']:+.2f}" if t in d else "" for t in terms[1:]]
-        text.append(f"| {d['run']} | {d['after']:,} | " + " | ".join(cells) + f" | {d['whole_norm']:.2f} |")
-    return "\n".join(text)
+# ---- Pictures ----------------------------------------------------------------------------------------------
+
+FIFTY_EPOCHS = {"20 classes, 16,000 steps": (16000, ""), "200 classes, 9,750 steps": (9750, "200-")}
+PAIR = {"AR": "ar", "ST-AR": "all"}
 
 
-# ---- results/README.md ----
-
-table3 = {name: runs[MAIN, variant] for variant, name in LOSSES.items() if (MAIN, variant) in runs}
-text = ["# Results", """Written by `bash results/table.sh` from runs.jsonl: one JSON line per run, with its command,
-commit, seed, versions, minutes and every number. `bash results/run.sh` trains, probes, samples and scores a run.
-Twenty classes of Tiny ImageNet (assets/tiny-imagenet-20.txt) at 32 px, shipped tokenizer, CPU preset `tiny` at other
-`--steps`, unless said; student weights, one thread per run, two runs side by side on two cores. Probe: top-1 in %,
-under the null class, on 1,000 held-out images, the contrast layer (2 of 4) unless said, at eight of the 64 positions
-(probe.py and the paper call them steps). Samples: 5,000 per run and guidance scale; 1.25 only for AR and all losses
-after 8,000 steps, for all rows after 16,000 and for the runs on the GPU, so that the best scale of other rows is the
-best without it. ± is half of a 95 % interval over seeds; differences are taken seed by seed (the same order of data,
-initial weights and masks). All lines of twenty classes are scored by one classifier (right on 71.4 % of decoded
-held-out images), but for `small`, of 16,000 steps seed 2, r = 0.1 and "AR again", and second seeds of mask ratio and
-K, by one that was trained again on another processor (70.9 %). Lines with `--compile` in their command differ from
-what they would be without by rounding only. What questions.md calls a change of code stands in the line as "diff",
-for `git apply` on its commit.""",
-        f"## Each loss: {MAIN:,} steps (the paper's Table 3)", "Understanding", table(table3, UNDERSTANDING, AR),
-        *samples_of(table3, AR, references=("reconstructions", "originals"))]
-LONGER = "AR, 1.3 times the steps"
-equal = {AR: table3[AR], LONGER: runs[2600, "ar"], **{LOSSES[v]: runs[MAIN, v] for v in ("step-view", "all")}}
-text += ["## Equal time", "A step of ST-AR takes as long as 1.3 of AR's, one without MIM a little less.",
-         table(equal, UNDERSTANDING, LONGER), *samples_of(equal, LONGER)]
-lengths = sorted(steps for steps, variant in runs if variant == "all" and (steps, "ar") in runs)
-for steps in lengths:
-    if steps != MAIN:
-        rows = {name: runs[steps, v] for v, name in LOSSES.items() if (steps, v) in runs}
-        if steps == LONG:
-            rows.pop(LIGHTER)  # below, as another classifier scored it
-        cfgs = (1, 1.5, None) if steps > MAIN else (1, 1.5)
-        text += [f"## Length: {steps:,} steps", table(rows, UNDERSTANDING, AR), *samples_of(rows, AR, cfgs)]
-lighter = {AR: runs[LONG, "ar-again"] | {2: runs[LONG, "ar"][2]}, LIGHTER: runs[LONG, "mask-10-k-16"]}
-text += [f"## A lighter mask and more positions: {LONG:,} steps",
-         "AR's seeds 0 and 1 were trained and scored once more (`ar-again`), so that one classifier scores all.",
-         table(lighter, UNDERSTANDING, AR), *samples_of(lighter, AR, (1, 1.25, 1.5))]
-text += ["## Size: 800 steps", "`nano` has 0.64M parameters, `tiny` 5.6M, `small` 22.0M in 12 layers; one seed."]
-for size in ("nano", "tiny", "small"):
-    rows = {f"`{size}`, {name}": runs[800, f"{size}-{variant}"] for variant, name in NAMED}
-    text += [table(rows, brief, f"`{size}`, AR")]
-gpu = {name: runs[GPU, GPU_PREFIX + v] for v, name in LOSSES.items() if (GPU, GPU_PREFIX + v) in runs}
-text += ["## All of Tiny ImageNet on a GPU: the preset `tiny` as it is",
-         """200 classes, 5.7M parameters, 9,750 steps of 512 images x 2 crops (50 epochs) in bfloat16 on an
-H200, on which four runs trained at once; alone it trains 3.8 million tokens a second. 10,000 samples per guidance
-scale, 10,000 held-out images. The classifier had 12,000 steps, because there are ten times the classes: these do not
-compare with those of twenty. The probe learns from 10,000 training images; chance is 0.5. Of the run with r = 0.1 the
-samples were drawn and scored on a CPU, in float32.""",
-         table(gpu, UNDERSTANDING, AR), *samples_of(gpu, AR, (1, 1.25, 1.5, 2)), bounds(gpu[AR][0])]
-text += ["## The CPU preset `tiny` as it is: 5,000 steps", table({ALL: runs[5000, "all"]}, UNDERSTANDING)]
-shapes = {name: runs[600, f"shapes-{v}"] for v, name in LOSSES.items() if (600, f"shapes-{v}") in runs}
-text += ["## The preset `nano` as it is: 600 steps of drawn shapes",
-         "Each seed with a tokenizer of its own ([questions.md](questions.md)), which the held-out losses depend on; "
-         "12 classes, 600 held-out images.",
-         table(shapes, UNDERSTANDING, AR), *samples_of(shapes, AR, (1, 1.5)), bounds(shapes[AR][0])]
-pair = {variant: {seed: line for seed, line in seeds.items() if seed < 2}
-        for (steps, variant), seeds in sorted(runs.items()) if steps == MAIN and 0 in seeds}
-first = {variant: {0: seeds[0]} for variant, seeds in pair.items()}
-text += ["## Mask ratio, depth, positions (the paper's Tables 4, 5, 6)",
-         "Seed 0, for some also 1; in brackets the paper's FID. The probe reads the layer that the contrast works "
-         "on. Expectations and answers: [questions.md](questions.md).",
-         "![FD-c and the paper's FID, relative to the paper's choice](../assets/sweeps.png)"]
-for title, (_, settings) in SWEEPS.items():
-    text += [title, table({f"{setting} ({fid})".replace(" (nan)", ""): pair[variant]
-                           for setting, (variant, fid) in settings.items()}, brief)]
-swept = {variant for _, settings in SWEEPS.values() for variant, _ in settings.values()}
-rows = {LOSSES.get(variant, variant): first[variant]
-        for variant in ("ar", "all", *sorted(first.keys() - LOSSES.keys() - swept))}
-text += ["## Questions", f"{MAIN:,} steps, seed 0; what each changes, what we expected and what came of it: "
-         "[questions.md](questions.md).", table(rows, UNDERSTANDING), *samples_of(rows, cfgs=(1, 1.5))]
-text += ["## Gradients", "`bash results/gradients.sh`: of each weighted term, on the blocks that all of them "
-         "reach; its share of the summed norms, its cosine with that of L_AR, and the norm of a whole step's "
-         "gradient, which is clipped at 1.", pulls("results/gradients.jsonl")]
-real = bounds(next(iter(runs[MAIN, "ar"].values())))
-text += ["## Real images", real]
-Path("results/README.md").write_text("\n\n".join(text) + "\n")
-
-# ---- README.md ----
-
-def between(text, mark, new):
-    """README's `text` with `new` between the comments that say "table.sh writes `mark`" and "to here"."""
-    start, end = f"<!-- table.sh writes {mark} -->", "<!-- to here -->"
-    before, rest = text.split(start)
-    return f"{before}{start}\n\n{new}\n\n{end}{rest.split(end, 1)[1]}"
+def draw(name: str, grid: list[list[Image.Image]]) -> None:
+    """Write rows of plots of one size as one picture in assets/."""
+    pixels = np.concatenate([np.concatenate(list(map(np.asarray, row)), 1) for row in grid])
+    sample.save_image(ROOT / "assets" / name, Image.fromarray(pixels))
 
 
-SHORT = {"probe, last position": brief["last position"], "class agreement": (score("class agreement", 1), 1),
-         "FD-c": (score("FD-c", 1), 2), "FD-c, cfg 1.25": (score("FD-c", 1.25), 2),
-         "FD-c, cfg 1.5": (score("FD-c", 1.5), 2), "held-out loss": (brief["held-out loss"][0], 2)}
-short = ["| AR → ST-AR | " + " | ".join(SHORT) + " |", "|---" * (len(SHORT) + 1) + "|"]
-for title, ar, star in (
-        ("All of Tiny ImageNet: 200 classes, 5.7M parameters, 50 epochs on a GPU, two seeds", gpu[AR], gpu[ALL]),
-        ("Twenty classes: 0.64M parameters, 51 epochs on a CPU, three seeds", runs[LONG, "ar"], runs[LONG, "all"]),
-        ("the same with `--mask-ratio .1 --positions 16`, AR scored again", lighter[AR], lighter[LIGHTER])):
-    means = [[f"{np.mean([value(line) for line in seeds.values()]):.{decimals}f}" for seeds in (ar, star)]
-             for value, decimals in SHORT.values()]
-    short.append(f"| {title} | " + " | ".join(map(" → ".join, means)) + " |")
+def plot(lines: dict, title: str, x_label: str, y_label: str, **style) -> Image.Image:
+    """A line plot of the size that all panels have."""
+    return sample.line_plot(lines, title, x_label, y_label, width=480, height=300, **style)
 
-gain = table({AR: table3[AR], ALL: table3[ALL]}, brief, AR).splitlines()[-1]
-held_out = runs[MAIN, "ar"][0]["scores"]["reconstructions"]["held-out"]
-held_out = (f"| *held-out real images* | | | | | | {held_out['FD-c']:.3f} | {held_out['FD-c']:.3f} | "
-            f"{held_out['IS-c']:.2f} | {100 * held_out['class agreement']:.1f} |")
-readme = between(Path("README.md").read_text(), "the summary", "\n".join(short))
-Path("README.md").write_text(between(readme, "Table 3", "\n".join((table(table3, brief), gain, held_out))))
 
-# ---- Pictures ----
+def draw_probe() -> None:
+    """The probe's accuracy by position, and dashed that of mean-pooled features; bands as in `cell`."""
+    panels = []
+    for title, (steps, prefix) in FIFTY_EPOCHS.items():
+        lines, bands = {}, {}
+        for name, variant in PAIR.items():
+            seeds = list(RUNS[steps, prefix + variant].values())
+            places = [list(values) for values in zip(*map(curve, seeds))]  # eight positions, of all seeds
+            lines[name] = [(8 * i, np.mean(values)) for i, values in enumerate(places, 1)]
+            bands[name] = [mean_and_half(values)[1] if len(values) > 2 else np.ptp(values) / 2
+                           for values in places]  # of two seeds: from one to the other
+        panels.append(plot(lines, title, "position", "probe, top-1 %", bands=bands))
+    draw("probe.png", [panels])
 
-FIFTY_EPOCHS = {f"twenty classes, {LONG:,} steps, CPU": {name: runs[LONG, v] for v, name in NAMED},
-                f"Tiny ImageNet, {GPU:,} steps, GPU": {name: runs[GPU, GPU_PREFIX + v] for v, name in NAMED}}
-panels = []
-for title, rows in FIFTY_EPOCHS.items():
-    lines, bands = {}, {}
-    for name, seeds in rows.items():
-        steps = [list(values) for values in zip(*map(curve, seeds.values()))]
-        lines[name] = [(8 * i, np.mean(values)) for i, values in enumerate(steps, 1)]
-        bands[name] = [mean_and_half(v)[1] if len(v) > 2 else np.ptp(v) / 2 for v in steps]  # 2: from seed to seed
-    panels.append(sample.line_plot(lines, title, "position", "probe, top-1 %", bands, width=480, height=300))
-sample.save_image("assets/probe.png", Image.fromarray(np.concatenate(panels, 1)))
 
-panels = []
-for (title, rows), more in zip(FIFTY_EPOCHS.items(), (lighter, gpu)):
-    lines = {}
-    for name, seeds in (rows | {"r = 0.1, K = 16": more[LIGHTER]}).items():
-        points = [{cfg: (100 * row["class agreement"], row["FD-c"]) for cfg, row in guided(line).items()}
-                  for line in seeds.values()]
-        shared = sorted(set.intersection(*map(set, points)))  # guidance scales
-        lines[name] = [tuple(np.mean([seed[cfg] for seed in points], 0)) for cfg in shared]
-    real_row = next(iter(rows["AR"].values()))["scores"]["reconstructions"]["held-out"]
-    lines["real images"] = [(100 * real_row["class agreement"], real_row["FD-c"])]
-    panels.append(sample.line_plot(lines, title, "class agreement, %", "FD-c", width=480, height=300))
-sample.save_image("assets/guidance.png", Image.fromarray(np.concatenate(panels, 1)))
+def draw_distance() -> None:
+    """How far a query looks, by layer."""
+    panels = []
+    for title, (steps, prefix) in FIFTY_EPOCHS.items():
+        lines = {}
+        for name, variant in PAIR.items():
+            seeds = RUNS[steps, prefix + variant].values()
+            lines[name] = list(enumerate(np.mean([line["attention"]["distance"] for line in seeds], 0), 1))
+        lines["spread evenly"] = [(layer, probe.even_distance(64)) for layer, _ in lines["AR"]]
+        panels.append(plot(lines, title, "layer", "tokens away"))
+    draw("distance.png", [panels])
 
-panels = []
-for title, rows in FIFTY_EPOCHS.items():
-    lines = {name: list(enumerate(np.mean([line["attention"]["distance"] for line in seeds.values()], 0), 1))
-             for name, seeds in rows.items()}
-    lines["spread evenly"] = [(n, probe.even_distance(64)) for n, _ in lines["AR"]]
-    panels.append(sample.line_plot(lines, title, "layer", "tokens away", width=480, height=300))
-sample.save_image("assets/distance.png", Image.fromarray(np.concatenate(panels, 1)))
 
-last, loss, free, guided_15 = (brief[name][0] for name in (
-    "last position", "held-out loss", "FD-c, cfg 1", "FD-c, cfg 1.5"))
-panels, against_ar = [], {  # of a line and AR's of the same length and seed
-    "probe, last position, top-1 %": lambda line, ar: last(line),
-    "held-out loss less AR's, nats": lambda line, ar: loss(line) - loss(ar),
-    "FD-c / AR's, no guidance": lambda line, ar: free(line) / free(ar),
-    "FD-c / AR's, guidance 1.5": lambda line, ar: guided_15(line) / guided_15(ar)}
-for label, value in against_ar.items():
-    lines, bands = {}, {}
-    for variant, name in (*NAMED, ("step-view", "without MIM")):
-        lines[name], bands[name] = [], []
-        for steps in lengths:
-            seeds, ar = runs.get((steps, variant), {}), runs[steps, "ar"]
-            if both := sorted(seeds.keys() & ar.keys()):
-                mean, half = mean_and_half([value(seeds[seed], ar[seed]) for seed in both])
-                lines[name].append((steps / 1000, mean))
-                bands[name].append(half if len(both) > 2 else math.nan)
-    panels.append(sample.line_plot(lines, "", "thousand steps", label, bands, width=480, height=300, log_x=True))
-rows = [np.concatenate(panels[:2], 1), np.concatenate(panels[2:], 1)]
-sample.save_image("assets/lengths.png", Image.fromarray(np.concatenate(rows)))
+def draw_lengths() -> None:
+    """What ST-AR gives and costs over the length of training; compared with AR seed by seed."""
+    last = UNDERSTANDING["last position"][0]
+    measured = [("", "probe, last position, top-1 %", lambda line, ar: last(line)),
+                ("", "held-out loss less AR's, nats", lambda line, ar: held_out_loss(line) - held_out_loss(ar))]
+    for reference, what in (("reconstructions", "decoded"), ("originals", "originals")):
+        for cfg in (1, 1.5):
+            distance = score("FD-c", cfg, reference)
+            measured.append((f"to {what}, " + ("guidance 1.5" if cfg > 1 else "no guidance"), "FD-c / AR's",
+                             lambda line, ar, distance=distance: distance(line) / distance(ar)))
+    panels = []
+    for title, label, value in measured:
+        lines, bands = {}, {}
+        for name, variant in (PAIR | {"without MIM": "step-view"}).items():
+            lines[name], bands[name] = [], []
+            for steps in (500, 2000, 8000, 16000):
+                seeds, ar = RUNS.get((steps, variant), {}), RUNS[steps, "ar"]
+                if seeds:
+                    mean, half = mean_and_half([value(line, ar[seed]) for seed, line in seeds.items()])
+                    lines[name].append((steps / 1000, mean))
+                    bands[name].append(half)
+        panels.append(plot(lines, title, "thousand steps", label, bands=bands, log_x=True))
+    draw("lengths.png", [panels[:2], panels[2:4], panels[4:]])
 
-panels, measured = [], {"probe, last position, top-1 %": last, "held-out loss, nats": loss,
-                        "FD-c, no guidance": free, "FD-c, guidance 1.5": guided_15}
-for label, value in measured.items():
-    lines, bands = {}, {}
-    for variant, name, cost in (("ar", "AR", 1), ("all", "ST-AR", 4 / 3), ("mask-10-k-16", "r = 0.1, K = 16", 4 / 3)):
-        there = [steps for steps in (MAIN, 2600, 8000, LONG) if (steps, variant) in runs]
-        found = [mean_and_half([value(line) for line in runs[steps, variant].values()]) for steps in there]
-        lines[name] = [(cost * steps / 1000, mean) for steps, (mean, _) in zip(there, found)]
-        bands[name] = [half for _, half in found]
-    panels.append(sample.line_plot(lines, "", "time, in thousand steps of AR", label, bands, width=480, height=300))
-rows = [np.concatenate(panels[:2], 1), np.concatenate(panels[2:], 1)]
-sample.save_image("assets/time.png", Image.fromarray(np.concatenate(rows)))
 
-panels = []
-for axis, paper in SWEEPS.values():
-    chosen = [fid for variant, fid in paper.values() if variant == "all"][0]
-    lines = {"the paper's FID": [(setting, fid / chosen) for setting, (_, fid) in paper.items()]}
-    for cfg in (1, 1.5):
-        value = score("FD-c", cfg)
-        lines[f"FD-c, cfg {cfg:g}"] = [(setting, value(first[variant][0]) / value(first["all"][0]))
-                                       for setting, (variant, _) in paper.items()]
-    panels.append(sample.line_plot(lines, "", axis, "relative to the paper's choice", width=480, height=300))
-sample.save_image("assets/sweeps.png", Image.fromarray(np.concatenate(panels, 1)))
-print(f"results/README.md, README.md, assets/: {sum(map(len, runs.values()))} runs")
+def draw_sweeps() -> None:
+    """FD-c of seed 0 and the paper's FID over mask ratio, depth and K."""
+    panels = []
+    for axis, settings in SWEEPS.values():
+        chosen = next(fid for variant, fid in settings.values() if variant == "all")
+        lines = {"the paper's FID": [(setting, fid / chosen) for setting, (_, fid) in settings.items()]}
+        for cfg in (1, 1.5):
+            value = score("FD-c", cfg)
+            lines[f"FD-c, cfg {cfg:g}"] = [
+                (setting, value(RUNS[2000, variant][0]) / value(RUNS[2000, "all"][0]))
+                for setting, (variant, _) in settings.items()]
+        panels.append(plot(lines, "", axis, "relative to the paper's choice"))
+    draw("sweeps.png", [panels])
+
+
+def main() -> None:
+    """Everything that is made of the recorded runs; SystemExit if a page lacks a mark."""
+    for picture in (draw_probe, draw_distance, draw_lengths, draw_sweeps):
+        picture()
+    fill("results/README.md", tables())
+    fill("README.md", {"this": summary()})
+
+
+if __name__ == "__main__":
+    main()
