@@ -28,7 +28,6 @@ features, K classes.
 import argparse
 import hashlib
 import json
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -42,13 +41,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from tokenizer import (ImageSet, VQModel, center_crop, check_finite, check_image_size, check_output,
-                       choose_device, decode_image, digest, enough_memory, fingerprint, full_precision,
-                       is_image, list_files, load_tokenizer, open_images, rank_and_world, read_ahead,
-                       read_pixels, read_weights, reconstruct, run_script, telling, to_float, within,
-                       write_file)
+                       choose_device, decode_image, digest, download, enough_memory, fingerprint,
+                       full_precision, is_image, list_files, load_tokenizer, open_images, progress,
+                       rank_and_world, read_ahead, read_pixels, read_weights, reading, reconstruct,
+                       run_script, to_float, within, write_file)
 
 # ---- Images: sets of files, and what the tokenizer keeps of them -------------------------------------------
 
@@ -102,6 +100,14 @@ def evenly_spaced(images: ImageSet, count: int) -> ImageSet:
     return pick(images, np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
 
 
+def read_all(images: ImageSet, rows, transform: Callable) -> np.ndarray:
+    """The images of `rows`, transformed: (B, ...). Raises ValueError if one cannot be read."""
+    pixels = read_pixels(images, rows, transform)
+    if any(p is None for p in pixels):  # leaving one out would change the score
+        raise ValueError(images.unreadable[-1])
+    return np.stack(pixels)
+
+
 def in_memory(images: ImageSet, size: int, vq: VQModel | None = None) -> ImageSet:
     """The (size, size) centre crops of `images`, read once and kept: 3 size^2 bytes each.
 
@@ -116,10 +122,10 @@ def in_memory(images: ImageSet, size: int, vq: VQModel | None = None) -> ImageSe
         raise ValueError(f"{N:,} images of {size} px need {3e-9 * N * size ** 2:.0f} GB of memory; choose "
                          "fewer classes with --subset, or smaller images.") from None
     sha, split = hashlib.sha256(), images.split
-    for start in tqdm(range(0, N, 256), f"reading {Path(images.source).name} {images.split}", leave=False):
+    what = f"reading {Path(images.source).name} {images.split}"
+    for start in progress(range(0, N, 256), what, leave=False):
         rows = range(start, min(start + 256, N))
-        crops = np.stack(read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)),
-                                     skip_corrupt=False))
+        crops = read_all(images, rows, lambda image: np.asarray(center_crop(image, size)))
         sha.update(crops)
         pixels[start:start + 256] = reconstruct(vq, torch.from_numpy(crops)).numpy() if vq else crops
     content = [sha.hexdigest(), images.labels.tolist(), images.classes]
@@ -163,7 +169,7 @@ def image_side(images: ImageSet, size: int | None = None) -> Side:
     def batches(batch):
         for start in range(0, len(images), batch):
             rows = range(start, min(start + batch, len(images)))
-            yield np.stack(read_pixels(images, rows, pixels, skip_corrupt=False))
+            yield read_all(images, rows, pixels)
 
     name = f"{images.source} {images.split}".strip() + (f" centre-cropped to {size} px" if size else "")
     labels, classes = (images.labels, images.classes) if images.classes else (None, None)
@@ -183,7 +189,7 @@ def npz_side(path: str | Path) -> Side:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file.")
     header = None
-    with telling(path, ".npz file"):
+    with reading(path, ".npz file"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError("wrong checksum")
@@ -192,7 +198,7 @@ def npz_side(path: str | Path) -> Side:
                     header = _read_header(file)
         with np.load(path) as file:
             small = {key: file[key] for key in NPZ_KEYS if key in file.files}
-    with telling(path, "file of samples or statistics"):
+    with reading(path, "file of samples or statistics"):
         protocol = dict(json.loads(str(small.get("protocol", "{}"))))
         classes = small["classes"].astype(str).ravel().tolist() if "classes" in small else None
     sha = hashlib.sha256()
@@ -228,7 +234,7 @@ def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _npz_batches(path, batch: int) -> Iterator[np.ndarray]:
-    with telling(path, ".npz file"), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+    with reading(path, ".npz file"), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         (N, H, W, _), *_ = _read_header(file)
         for start in range(0, N, batch):
             count = min(batch, N - start)
@@ -388,7 +394,8 @@ def feature_statistics(side: Side, extract: Callable[[np.ndarray], Features], ba
     pool, spatial, features = Moments(), Moments(), []
     probabilities, scores = [], []  # of the split that is being filled; of the full ones
     done = hits = 0
-    for pixels in tqdm(read_ahead(side.batches(batch)), side.name, -(-N // batch), unit="batch", leave=False):
+    batches = progress(read_ahead(side.batches(batch)), side.name, -(-N // batch), unit="batch", leave=False)
+    for pixels in batches:
         rows = slice(done, done + len(pixels))
         done += len(pixels)
         found = extract(pixels)
@@ -579,8 +586,12 @@ def load_inception(weights: str | None, cache: str | Path, resize: str = "adm",
     FileNotFoundError or OSError if there is no such file or it cannot be written.
     """
     path = Path(weights or Path(cache) / INCEPTION_URL.rsplit("/", 1)[1])
-    if not weights and not path.exists():
-        write_file(path, _download_inception)
+    if not weights:
+        try:
+            download(INCEPTION_URL, path, INCEPTION_SIZE, "sha256:" + INCEPTION_SHA256)
+        except ValueError as error:
+            raise ValueError(f"{error} Fetch it elsewhere and name it with --weights, or use --features "
+                             "classifier.") from None
     state, model = read_weights(path), InceptionV3()
     own = model.state_dict()  # files saved before torch 0.4.1 lack the counters, which nothing here reads
     state = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | state
@@ -595,27 +606,6 @@ def load_inception(weights: str | None, cache: str | Path, resize: str = "adm",
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     features = f"features: InceptionV3 with weights of sha256 {sha[:16]}, resize {resize}, float32"
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), features
-
-
-def _inception_chunks() -> Iterator[bytes]:
-    try:
-        with urllib.request.urlopen(INCEPTION_URL, timeout=15) as response:
-            while chunk := response.read(1 << 20):
-                yield chunk
-    except OSError as error:
-        raise ValueError(f"{INCEPTION_URL} cannot be fetched ({error}); fetch it elsewhere and name it with "
-                         "--weights, or use --features classifier.") from error
-
-
-def _download_inception(file) -> None:
-    sha = hashlib.sha256()
-    with tqdm(total=INCEPTION_SIZE, unit="B", unit_scale=True, desc="downloading InceptionV3") as bar:
-        for chunk in _inception_chunks():  # a full disk, here, is no failure of the network
-            file.write(chunk)
-            sha.update(chunk)
-            bar.update(len(chunk))
-    if sha.hexdigest() != INCEPTION_SHA256:
-        raise ValueError(f"{INCEPTION_URL} sent something else (sha256 {sha.hexdigest()[:16]}); try again.")
 
 
 def inception_extractor(model: InceptionV3, resize: str = "adm",
@@ -681,7 +671,7 @@ def train_classifier(images: ImageSet, size: int, steps: int, batch: int = 64,
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
     batches = read_ahead(_training_batches(images, size, steps, batch))
-    for pixels, labels in (bar := tqdm(batches, "training the classifier", steps)):
+    for pixels, labels in (bar := progress(batches, "training the classifier", steps)):
         x = to_float(torch.from_numpy(pixels).to(device))
         loss = F.cross_entropy(model(x)[1], torch.from_numpy(labels).to(device), label_smoothing=0.1)
         optimizer.zero_grad()
@@ -701,8 +691,7 @@ def _training_batches(images, size, steps, batch) -> Iterator[tuple[np.ndarray, 
         while len(order) < batch:
             order = np.concatenate([order, rng.permutation(len(images))])
         rows, order = order[:batch], order[batch:]
-        pixels = np.stack(read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)),
-                                      skip_corrupt=False))
+        pixels = read_all(images, rows, lambda image: np.asarray(center_crop(image, size)))
         pixels = np.pad(pixels, ((0, 0), (shift, shift), (shift, shift), (0, 0)), "reflect")
         places = rng.integers(2 * shift + 1, size=(batch, 2))
         flips = rng.choice([1, -1], size=batch)
@@ -732,7 +721,7 @@ def load_classifier(images: ImageSet, held_out: ImageSet, size: int, steps: int,
     if str(saved.get("meta")) != str(meta):
         raise ValueError(f"{path} is not the classifier of {images.source}; delete it to train one again.")
     model = Classifier(len(images.classes), size)
-    with telling(path, "classifier"):
+    with reading(path, "classifier"):
         model.load_state_dict(saved["model"])
         right = f"{saved['accuracy']:.1%} of {saved['held_out']:,}"
     line = (f"features: classifier {fingerprint(model)}, trained for {steps:,} steps on {len(images):,} "

@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from tqdm import tqdm
 
 import sample
 import tokenizer
@@ -51,7 +50,6 @@ class Subject(NamedTuple):
     held_out: tokenizer.TokenCache  # (N, 1, T), centre crops
     images: tokenizer.ImageSet  # the pixels of `held_out`
     ratio: float  # the first crop ratio
-    skip_corrupt: bool
     origin: dict  # for probe.json: kind of weights, step and seed of the training, digests, images
 
 
@@ -69,7 +67,6 @@ def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> 
         raise ValueError(f"{path} does not name its images; add --data.")
     size = model.config.grid * vq.config.downsample
     ratios = tuple(config.get("crop_ratios", (1.1,)))
-    skip_corrupt = args.skip_corrupt or config.get("skip_corrupt", False)
     caches = []
     for split, crops in (("train", ratios), ("val", ())):
         images = tokenizer.open_images(data, split, subset)
@@ -79,12 +76,11 @@ def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> 
             if value != known.get(key, value):
                 raise ValueError(f"{path} was trained with {key} {str(known[key])[:40]}; {data} has "
                                  f"{str(value)[:50]}: they do not fit.")
-        folder = tokenizer.cache_folder(args.cache or config.get("cache", "cache"), meta)
-        tokenizer.build_cache(folder, images, vq, size, crops, skip_corrupt)
-        caches.append(tokenizer.load_cache(folder, meta))
+        root = args.cache or config.get("cache", "cache")
+        caches.append(tokenizer.token_cache(images, vq, size, crops, root))
     origin = trained.origin | {"data": str(data), "subset": subset, "images_digest": caches[0].meta["images"]}
     depth = config.get("depth", model.config.n_layer // 2)
-    return Subject(name, model, depth, vq, *caches, images, ratios[0], skip_corrupt, origin)
+    return Subject(name, model, depth, vq, *caches, images, ratios[0], origin)
 
 
 def check_subjects(subjects: list[Subject]) -> None:
@@ -164,7 +160,7 @@ def extract(model: Transformer, tokens: np.ndarray, layers: list[int], folder: P
         classes = torch.full((N,), model.config.num_classes)
     positions = torch.tensor(eight_steps(T), device=device) - 1
     features = empty_features(folder, (N, 9 * len(layers), model.config.dim))
-    for rows in tqdm(torch.arange(N).split(batch), "features", leave=False):
+    for rows in tokenizer.progress(torch.arange(N).split(batch), "features", leave=False):
         inputs = torch.from_numpy(tokens[rows.numpy(), :-1].astype(np.int64)).to(device)
         hidden = model(inputs, classes[rows].to(device), layers=tuple(layers), head=False).hidden
         parts = [part for n in layers for part in (hidden[n][:, positions], hidden[n].mean(1, keepdim=True))]
@@ -208,7 +204,7 @@ def fit(features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, settin
     weights = list(probes.parameters())
     speeds = [torch.zeros_like(w) for w in weights]
     batches = math.ceil(len(rows) / BATCH)
-    for epoch in tqdm(range(EPOCHS), f"{G * H} probes", leave=False):
+    for epoch in tokenizer.progress(range(EPOCHS), f"{G * H} probes", leave=False):
         order = rows[torch.randperm(len(rows), generator=g)]
         for i, chunk in enumerate(order.tensor_split(batches)):
             logits = probes(features[chunk].to(device).float())
@@ -340,7 +336,7 @@ def crops_and_codes(subject: Subject, rows: np.ndarray) -> tuple[np.ndarray, np.
     Crops 0 and 1: upper left and lower right of the ten crops, the farthest apart without a mirror. From 2
     on: moved to the right by `SHIFTS`.
     """
-    size, device = subject.held_out.meta["image_size"], subject.model.output.weight.device
+    size = subject.held_out.meta["image_size"]
 
     def cut(image):
         wide = np.asarray(tokenizer.center_crop(image, size + max(SHIFTS)))
@@ -348,11 +344,9 @@ def crops_and_codes(subject: Subject, rows: np.ndarray) -> tuple[np.ndarray, np.
         moved = [wide[top:top + size, shift:shift + size] for shift in SHIFTS]
         return np.stack([*tokenizer.ten_crops(image, size, subject.ratio)[[0, 3]], *moved])
 
-    crops = tokenizer.read_pixels(subject.images, rows.tolist(), cut, subject.skip_corrupt)
+    crops = tokenizer.read_pixels(subject.images, rows.tolist(), cut)
     pixels = np.stack([crop for crop in crops if crop is not None])
-    chunks = torch.from_numpy(pixels).flatten(0, 1).split(16)
-    with tokenizer.full_precision():  # as the caches were made
-        codes = torch.cat([subject.vq.encode(tokenizer.to_float(chunk.to(device))).cpu() for chunk in chunks])
+    codes = tokenizer.encode_pixels(subject.vq, torch.from_numpy(pixels).flatten(0, 1))
     return pixels, codes.numpy().reshape(*pixels.shape[:2], -1)
 
 
@@ -552,7 +546,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--map-layers", nargs="+", default=[], help="layers whose attention to draw, or: all")
     add("--data", help="folder or zip of images (default: the run's)")
     add("--subset", help="file of class folders to keep, one a line; '': all (default: the run's)")
-    add("--skip-corrupt", action="store_true", help="leave bad images out, naming them")
     add("--vq", help="tokenizer file (default: the run's)")
     add("--cache", help="folder for token caches (default: the run's)")
     add("--image-size", type=within(int, 16, 4096), default=256, help="of a checkpoint that does not tell")

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 import tokenizer
 from model import SIZES, ModelConfig, Transformer
@@ -295,11 +294,11 @@ def reconstruction_grid(vq: tokenizer.VQModel, pixels: torch.Tensor) -> Image.Im
     return image_grid(torch.cat(pairs).numpy(), min(10, len(pixels)))
 
 
-def save_reconstructions(path: str | Path, vq: tokenizer.VQModel, data: str, subset: str, size: int,
-                         skip_corrupt: bool) -> None:
+def save_reconstructions(path: str | Path, vq: tokenizer.VQModel, data: str, subset: str,
+                         size: int) -> None:
     """Write `reconstruction_grid` of twenty held-out images of `data`, (size, size) pixels, as PNG."""
     images = tokenizer.open_images(data, "val", subset)
-    pixels = tokenizer.held_out_pixels(images, size, 20, skip_corrupt)
+    pixels = tokenizer.held_out_pixels(images, size, 20)
     save_image(path, reconstruction_grid(vq, pixels))
 
 
@@ -363,8 +362,8 @@ def mixed_labels(count: int, num_classes: int) -> torch.Tensor:
 
 
 def read_part(path: Path) -> np.ndarray:
-    """Images that `save_npz` wrote; a damaged file is deleted, and ValueError says so."""
-    with tokenizer.deleting(path):
+    """Images that `save_npz` wrote."""
+    with tokenizer.reading(path, "part of an .npz"):
         return np.load(path)
 
 
@@ -389,7 +388,7 @@ def save_npz(path: Path, model: Transformer, vq: tokenizer.VQModel, names: list[
     folder = path.with_name(f".{path.name}.parts")
     parts = [folder / f"{tokenizer.digest(protocol)}-{start:07d}.npy" for start in range(0, count, batch)]
     with tokenizer.locked(folder) if rank == 0 else nullcontext():
-        for i in tqdm(range(rank, len(parts), world), "sampling", disable=rank != 0, unit="batch"):
+        for i in tokenizer.progress(range(rank, len(parts), world), "sampling", unit="batch"):
             if not parts[i].exists():
                 start = i * batch
                 pixels = sample_images(model, vq, labels[start:start + batch], seed + start, decode=decode,
@@ -442,7 +441,7 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
         raise ValueError(f"{path} has no EMA weights; leave out --ema.")
     state = dict(content["ema" if ema else "model"])
     table = state.pop("freqs_cis", None)  # a stray attribute in some of LlamaGen's files
-    with tokenizer.telling(path, "transformer of ours or LlamaGen's"):
+    with tokenizer.reading(path, "transformer of ours or LlamaGen's"):
         vocab_size, dim = state["tok_embeddings.weight"].shape
         n_layer = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         num_classes = len(state["cls_embedding.embedding_table.weight"]) - 1
@@ -600,7 +599,7 @@ def draw_reconstructions(path: Path, one: Trained, data: str | None, subset: str
     if data is None:
         data, subset = one.config["data"], one.config["subset"] if subset is None else subset
     size = one.model.config.grid * one.vq.config.downsample
-    save_reconstructions(path, one.vq, data, subset or "", size, one.config.get("skip_corrupt", False))
+    save_reconstructions(path, one.vq, data, subset or "", size)
 
 
 @tokenizer.enough_memory("lower --batch or --num-images, or draw fewer --classes at a time")

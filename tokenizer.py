@@ -1,22 +1,20 @@
-"""Images in, tokens out: the reader, the VQ tokenizer and the token cache.
+"""Images in, tokens out: the VQ tokenizer, its training, the image reader and the token cache.
 
 ST-AR (arXiv 2509.15185) models an image as a raster sequence of VQ codes x = q(I). This file is q and what
-surrounds it: reading image sets, the ten crops that serve as views, the VQ model (LlamaGen's, arXiv
-2406.06525, and a small one in the same code), its training, and the cache of codes that train.py reads.
+surrounds it: the VQ model (LlamaGen's, arXiv 2406.06525, and a small one in the same code), its training,
+reading image sets, the ten crops that serve as views, and the cache of codes that train.py reads. The last
+section before the command line holds what all scripts share: devices, processes and files.
 
     python tokenizer.py train --data shapes --image-size 32 --out tokenizer.pt
-    python tokenizer.py encode --data shapes --tokenizer tokenizer.pt --out cache/shapes
-    torchrun --nproc-per-node 8 tokenizer.py encode --data IMAGENET --image-size 256 --crop-ratios 1.1 1.05 \
-        --tokenizer vq_ds16_c2i.pt --out cache/imagenet
 
 `--subset assets/tiny-imagenet-20.txt` keeps the class folders listed there, and so do the other scripts.
-Shapes in comments: N images, B batch, V views, S side in pixels, h x w the code grid, T = h w tokens, D
-code size.
+Shapes in comments: N images, B batch, V crops of an image, S side in pixels, h x w the code grid, T = h w
+tokens, D code size.
 """
 
+from __future__ import annotations
+
 import argparse
-import fcntl
-import glob
 import hashlib
 import io
 import json
@@ -26,678 +24,24 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 import time
 import urllib.request
+import weakref
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import nn
 from tqdm import tqdm
-
-# ---- Processes, devices, settings, files: what all scripts share -------------------------------------------
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's (rank, number of processes) as torchrun tells it; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def choose_device(name: str = "") -> torch.device:
-    """The device called `name`: cpu, cuda or cuda:N; by default cuda where there is a GPU.
-
-    Under torchrun "cuda" is the GPU number LOCAL_RANK, one for each process of a machine.
-    Raises ValueError, in one sentence, if there is no such device.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu":
-        return torch.device("cpu")
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (":" in name and not index.isdecimal()):
-        raise ValueError(f"--device {name}: write cpu, cuda or cuda:N.")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if index and rank_and_world()[1] > 1:
-        raise ValueError(f"--device {name} puts all processes on one GPU; write cuda to give each its own.")
-    number = int(index or os.environ.get("LOCAL_RANK", 0))
-    if number >= count:
-        raise ValueError(f"--device {name} asks for GPU {number}, but this machine has {count} that torch "
-                         "can use; use cpu, or start fewer processes.")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
-
-
-def within(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
-    """A type for argparse: an int or a float, as `kind` says, finite and in [low, high]."""
-    def read(text):
-        try:
-            value = kind(text)
-            fits = math.isfinite(value) and low <= value <= high
-        except (ValueError, OverflowError):
-            fits = False
-        if not fits:
-            bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text} is not {noun} {' and '.join(bounds)}".rstrip())
-        return value
-    return read
-
-
-def _is_memory(error: Exception) -> bool:
-    """Whether numpy or torch, which has a class of its own for GPUs alone, says that the memory is full."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and bool(re.search("out of memory|allocate memory", str(error))))
-
-
-def run_script(main: Callable, goes_on: str) -> None:
-    """Run a script's `main`: a user's mistake ends it in one sentence, Ctrl-C by saying what `goes_on`."""
-    try:
-        main()
-    except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except KeyboardInterrupt:
-        print(f"Stopped. {goes_on}")
-        sys.exit(130)
-
-
-@contextmanager
-def enough_memory(remedy: str) -> Iterator[None]:
-    """Too little memory, of the GPU or the machine, becomes one ValueError that ends in `remedy`.
-
-    Also a decorator: of each script's main.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not _is_memory(error):
-            raise
-        amount = re.search(r" to allocate [\d.]+ \w+", str(error))
-        raise ValueError(f"too little memory{amount[0] if amount else ''}; {remedy}.") from None
-
-
-@contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Keep others out of `folder`, made if need be; the lock ends with this process, however it ends.
-
-    Raises ValueError, in one sentence, if another process holds it, OSError if the folder cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        raise OSError(f"cannot write in {folder} ({error.strerror}); choose another place.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is at work in {folder}; wait, or choose another.") from None
-        yield
-
-
-def _is_running(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError, OverflowError):  # it is somebody else's, or no number of a process
-        pass
-    return True
-
-
-def write_file(path: str | Path, write: Callable) -> None:
-    """Call `write(file)` on a temporary file beside `path`, then rename it: `path` is never half-written.
-
-    A link stays a link, what it points to is replaced. Raises OSError in one sentence if that fails (no space
-    left, no permission, a device); an older `path` then stays.
-    """
-    check_output(path)
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed
-            if not _is_running(left.suffixes[-2][1:]):
-                left.unlink(missing_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before it has the name, lest the power fails
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise OSError(f"cannot write {path} ({error}); try again, free some space or choose another "
-                      "place.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_output(path: str | Path) -> None:
-    """Raise OSError, saying why, if `write_file(path, ...)` cannot work; to be called before the work."""
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is a folder or a device; name a file to write.")
-    there = next(parent for parent in path.parents if parent.exists())
-    trial = there / f".{path.name}.{os.getpid()}.tmp"
-    try:  # permissions alone would not tell of a read-only or full disk, or of too long a name
-        with open(trial, "wb") as file:
-            trial.unlink()
-            file.write(bytes(4096))
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {there} is no folder that you may write to ({error.strerror}); "
-                      "choose another place.") from None
-
-
-@contextmanager
-def telling(path: str | Path, kind: str) -> Iterator[None]:
-    """Whatever is raised while `path` is read becomes a ValueError: it is damaged or no `kind`.
-
-    Only too little memory is not the file's fault and goes on as it is.
-    """
-    try:
-        yield
-    except Exception as error:  # what odd bytes, names, types and shapes make the readers raise has no end
-        if _is_memory(error):
-            raise
-        reason, lines = type(error).__name__, str(error).strip().splitlines()
-        if lines and not isinstance(error, pickle.PickleError):  # whose advice is to let the file run code
-            reason += f": {lines[-1].strip()[:200].rstrip('.')}"
-        raise ValueError(f"{path} is damaged or no {kind} ({reason}); get it or write it again.") from None
-
-
-@contextmanager
-def deleting(path: Path) -> Iterator[None]:
-    """Whatever is raised while `path`, a part of unfinished work, is read deletes it; ValueError says so."""
-    try:
-        yield
-    except Exception as error:  # whatever a changed file makes numpy raise
-        if _is_memory(error):
-            raise
-        path.unlink(missing_ok=True)
-        raise ValueError(f"{path} was damaged and is deleted; run the same command again.") from None
-
-
-class Foreign:
-    """Stands in for an object beside the weights whose class torch does not trust; nothing of it is kept."""
-
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, _):
-        pass
-
-
-def read_weights(path: str | Path) -> dict:
-    """The dictionary that torch.save wrote to `path`, on the CPU, memory-mapped; nothing in it can run code.
-
-    Raises FileNotFoundError, or ValueError if the file is damaged (any byte of it) or holds something else.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
-    with telling(path, "file of weights"):
-        zipped = zipfile.is_zipfile(path)  # all but files from before torch 1.6
-        if zipped and (bad := zipfile.ZipFile(path).testzip()):  # torch itself does not compare checksums
-            raise ValueError(f"wrong checksum of {bad}")
-        # Other people's files hold numpy scalars, paths or settings of their own beside the weights. Instead of
-        # trusting those classes we put an empty one in their place. torch 2.5 cannot: it refuses such a file.
-        unsafe = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: [])
-        foreign = [(Foreign, name) for name in (unsafe(path) if zipped else []) if name != "argparse.Namespace"]
-        with torch.serialization.safe_globals([argparse.Namespace, *foreign]):  # in LlamaGen's training files
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
-    return content
-
-
-def find_weights(content: dict, known: str) -> dict:
-    """The state dict in a file's `content` that has a weight called `known`; {} if there is none.
-
-    It is `content` itself or below one of the usual names. What stands before all names is taken off, such as
-    "module." (several GPUs) and "_orig_mod." (torch.compile).
-    """
-    for state in (*map(content.get, ("model", "module", "state_dict", "ema")), content):
-        for name in state if isinstance(state, dict) else ():
-            if str(name).endswith(known):
-                before = name.removesuffix(known)
-                return {name.removeprefix(before): weight for name, weight in state.items()}
-    return {}
-
-
-def check_finite(path: str | Path, weights: dict) -> None:
-    """Raise ValueError unless `weights`, read from `path`, are {name: tensor of finite numbers}."""
-    with telling(path, "file of weights"):
-        for name, value in weights.items():
-            if not (torch.is_tensor(value) and value.is_floating_point() and value.float().isfinite().all()):
-                raise ValueError(f"{name} holds nan, inf or no floats; did its training diverge?")
-
-
-def load_state(path: str | Path, part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
-    """Give `part`, a module or an AdamW, the `state` read from `path`; ValueError if it does not fit."""
-    with telling(path, f"file for this {type(part).__name__}"):
-        if isinstance(part, nn.Module):
-            part.load_state_dict(state)
-            return
-        part.load_state_dict(part.state_dict() | {"state": state["state"]})  # its settings stay
-        trained = [p for group in part.param_groups for p in group["params"]]
-        for p in trained if part.state else []:  # empty before the first step; torch compares nothing of it
-            shapes = {name: value.shape for name, value in part.state[p].items()}
-            if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
-                raise ValueError("an optimizer state of another structure")
-
-
-TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-TINY_IMAGENET_SIZE = 248_100_043
-TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-
-
-def download_tiny_imagenet(path: str | Path, timeout: float = 15) -> None:
-    """Download Tiny ImageNet (248 MB) to `path`, checking size and md5; nothing happens if `path` exists.
-
-    Raises OSError if the server is silent for `timeout` seconds or sends something else.
-    """
-    def receive(file):
-        md5, size = hashlib.md5(), 0
-        with tqdm(total=TINY_IMAGENET_SIZE, unit="B", unit_scale=True, desc="downloading images") as bar:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                md5.update(chunk)
-                size += len(chunk)
-                bar.update(len(chunk))
-        if size != TINY_IMAGENET_SIZE or md5.hexdigest() != TINY_IMAGENET_MD5:
-            raise OSError(f"{TINY_IMAGENET_URL} sent {size:,} bytes that are not the expected file")
-
-    if not Path(path).exists():
-        with urllib.request.urlopen(TINY_IMAGENET_URL, timeout=timeout) as response:
-            write_file(path, receive)
-
-
-def find_images(data: str) -> str:
-    """`data` if it is given, else Tiny ImageNet in data/, downloaded if need be, else the built-in "shapes".
-
-    The last happens without network: a banner says so, and whoever calls must record it.
-    """
-    if data:
-        return data
-    path = Path("data/tiny-imagenet-200.zip")
-    try:
-        download_tiny_imagenet(path)
-        return str(path)
-    except OSError as error:
-        bar = "!" * 100
-        print(f"\n{bar}\n!! No Tiny ImageNet: {error}\n!! Put it at {path}, or name images with --data.\n"
-              f"!! This run uses the built-in SHAPES instead: a demonstration, not evidence.\n{bar}\n")
-        return "shapes"
-
-
-# ---- Images in: folders, zips and the built-in shapes behind one reader ------------------------------------
-
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # others stay closed: EPS runs Ghostscript
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-LARGEST_FILE = 2 ** 28  # bytes; what claims more is no image, and would fill the memory
-LARGEST_FOLDER = 2 ** 30  # bytes of images whose contents are checked each time a folder is opened
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """One split of an image set: names and labels in memory, pixels decoded on demand by `read`."""
-    source: str  # what the user named: a path, or "shapes"
-    split: str  # "train" or "val"
-    names: list[str]  # N file names inside the source
-    labels: np.ndarray  # (N,) int64, indices into `classes`
-    classes: list[str]  # class names in label order
-    fingerprint: str  # 16 hex digits over names, sizes and checksums of the files, and labels
-    read: Callable[[int], Image.Image]  # i -> RGB image; raises ValueError naming a file it cannot decode
-    summary: str = ""  # what was found, for people
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def open_images(source: str | Path, split: str = "train", subset: str | Path = "") -> ImageSet:
-    """Open the "train" or "val" split of a folder, of a zip (read in place), or of the built-in set "shapes".
-
-    Layouts, in the order tried: Tiny ImageNet (val/val_annotations.txt), ImageNet (train/<class>/* and, if
-    present, val/<class>/*), plain class folders (<class>/*). Where there are no validation images a fixed
-    tenth of each class, at most 50 images, is held out. `subset` is a text file that lists the class folders
-    to keep, one per line. Classes are numbered by sorted folder name, as torchvision does.
-    Raises FileNotFoundError, OSError or ValueError, in one sentence, if nothing usable is there.
-    """
-    if not str(source):
-        raise ValueError("--data is empty (a variable that is not set?); name a folder, a zip, or: shapes.")
-    if str(source) == "shapes":
-        if subset:
-            raise ValueError("the built-in shapes have no class folders to choose from; leave --subset out.")
-        return _shapes(split)
-    files, read_bytes = list_files(Path(source))
-
-    def table(name):  # the lines of a text file, split at tabs
-        lines = read_bytes(name).decode(errors="replace").splitlines() if name in files else []
-        return [line.split("\t") for line in lines if "\t" in line]
-
-    training, validation = _by_class(files, table)
-    if len(training) < 2:
-        raise ValueError(f"{source} holds {sum(map(is_image, files))} image(s), {len(training)} in class "
-                         "folders; at least 2 are needed, laid out as <class>/*.jpg or train/<class>/*.jpg.")
-    chosen_by = ""
-    if subset:
-        chosen_by = f" (of {len(set(training.values())):,}: those in {subset})"
-        kept = _read_subset(subset, set(training.values()), source)
-        training, validation = ({name: folder for name, folder in part.items() if folder in kept}
-                                for part in (training, validation))
-    if not validation:
-        validation = _hold_out(training)
-        training = {name: folder for name, folder in training.items() if name not in validation}
-    if not validation:
-        raise ValueError(f"{source} has one image of each class, so that none can be held out; add images.")
-
-    folders = sorted(set(training.values()))
-    if unknown := sorted(set(validation.values()) - set(folders)):
-        raise ValueError(f"{source} has validation images of class {unknown[0]!r} but no others.")
-    chosen = training if split == "train" else validation
-    names = sorted(chosen)
-    if missing := [name for name in names if name not in files]:
-        raise ValueError(f"{source} lists {missing[0]!r} in its annotations but does not hold it.")
-    titles = {row[0]: row[1].split(",")[0] for row in table("words.txt")}
-    classes = [titles.get(folder) or folder for folder in folders]
-    if strange := [name for name in classes if not name.isprintable()]:
-        raise ValueError(f"{source} has a class named {strange[0]!r}, which cannot be printed; rename it.")
-    number = {folder: i for i, folder in enumerate(folders)}
-    labels = np.array([number[chosen[name]] for name in names], dtype=np.int64)
-    others = len(files.keys() - training.keys() - validation.keys())
-    summary = (f"{source}: {len(training):,} training and {len(validation):,} held-out images of "
-               f"{len(classes):,} classes{chosen_by}; {others:,} other files left out")
-    return ImageSet(str(source), split, names, labels, classes,
-                    digest([(name, *files[name], int(label)) for name, label in zip(names, labels)]),
-                    lambda i: decode_image(read_bytes(names[i]), f"{source}/{names[i]}"), summary)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file of this name should hold an image."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def _by_class(files, table: Callable) -> tuple[dict[str, str], dict[str, str]]:
-    """{image name: class folder} of the training images, and of the validation images if there are any."""
-    images = [name for name in sorted(files) if is_image(name)]
-
-    def below(top):  # <top><class>/...
-        inside = {name: name[len(top):].split("/") for name in images if name.lower().startswith(top)}
-        return {name: parts[0] for name, parts in inside.items() if len(parts) > 1}
-
-    training = below("train/")
-    if not training:
-        classes = below("")
-        return {} if {folder.lower() for folder in classes.values()} <= {"train", "val"} else classes, {}
-    annotations = {f"val/images/{row[0]}": row[1] for row in table("val/val_annotations.txt")}
-    return training, annotations or below("val/")
-
-
-def _read_subset(path: str | Path, folders: set[str], source: str | Path) -> set[str]:
-    """The class folders that a text file lists, all of them among `folders`."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}; --subset takes a list of class folders.")
-    text = Path(path).read_text("utf-8-sig", "replace")  # some editors begin a file with an invisible mark
-    kept = {line.strip() for line in text.splitlines()} - {""}
-    if not kept:
-        raise ValueError(f"the subset {path} lists no class folder.")
-    if unknown := sorted(kept - folders):
-        raise ValueError(f"the subset {path} lists {unknown[0]!r}, of which {source} has no images.")
-    return kept
-
-
-def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[[str], bytes]]:
-    """{posix name: (size in bytes, CRC-32)} of the files in a folder or zip, and a function that reads one.
-
-    Folders around everything are left out of the names; hidden files and __MACOSX are left out altogether.
-    our choice: a picture replaced by another is noticed by its CRC, as times change when data are copied. A
-    zip stores CRCs; in folders up to a gigabyte those of images are computed, else they are None.
-    Raises FileNotFoundError, OSError or ValueError, as does the function, for what cannot be read.
-    """
-    if path.is_dir():
-        found, get = _walk(path), lambda name: (path / name).read_bytes()
-    elif path.is_file():
-        try:
-            archive = zipfile.ZipFile(path)
-        except Exception:  # what a damaged file makes zipfile raise has no end
-            raise ValueError(f"{path} is neither a folder nor a whole zip (truncated download?).") from None
-        found, get = {info.filename: (info.file_size, info.CRC) for info in archive.infolist()
-                      if not info.is_dir() and not _hidden(info.filename)}, archive.read
-    else:
-        raise FileNotFoundError(f"{path} does not exist (folder or file); write a folder, a zip, or: shapes.")
-    top = _top_folder([name for name in found if is_image(name)])
-    files = {name[len(top):]: mark for name, mark in found.items() if name.startswith(top)}
-
-    def read(name):
-        try:
-            if files[name][0] > LARGEST_FILE:
-                raise ValueError(f"{files[name][0]:,} bytes are too many")
-            return get(top + name)
-        except Exception as error:  # likewise: encrypted, an unknown method, wrong checksums, no permission
-            if _is_memory(error):
-                raise
-            if not path.exists():  # the disk is gone, not one image, which could be skipped
-                raise FileNotFoundError(f"{path} is there no longer; put it back and try again.") from None
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{path} is damaged at {name!r} ({reason}); get the file again.") from None
-
-    return files, read
-
-
-def _walk(root: Path) -> dict[str, tuple[int, int | None]]:
-    """`list_files` of a folder, links followed."""
-    def fail(error):
-        raise OSError(f"cannot read the folder {error.filename} ({error.strerror}); mend or remove it.")
-
-    sizes, seen = {}, set()
-    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # links in a circle
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not _hidden(name))
-        for name in names:
-            full = os.path.join(folder, name)
-            if os.path.isfile(full) and not _hidden(name):
-                sizes[os.path.relpath(full, root)] = os.path.getsize(full)
-            elif is_image(name) and not _hidden(name):
-                raise ValueError(f"{full} is a broken link or no regular file; remove it.")
-    images = [name for name in sizes if is_image(name)]
-    check = sum(sizes[name] for name in images) <= LARGEST_FOLDER
-    return {name: (size, _checksum(root / name) if check and is_image(name) else None)
-            for name, size in sizes.items()}
-
-
-def _checksum(path: Path) -> int | None:
-    """CRC-32 of a file; None if it cannot be read, which is said when its pixels are needed."""
-    try:
-        crc = 0
-        with open(path, "rb") as file:
-            while chunk := file.read(2 ** 22):
-                crc = zlib.crc32(chunk, crc)
-        return crc
-    except OSError:
-        return None
-
-
-def _hidden(name: str) -> bool:
-    """Of no interest: .ipynb_checkpoints, __MACOSX and their like."""
-    return any(part.startswith(".") and part != "." or part == "__MACOSX" for part in name.split("/"))
-
-
-def _top_folder(images: list[str]) -> str:
-    """The folders around all images, as "a/b/": neither train/ and val/ nor the class folders."""
-    top = ""
-    while len(heads := {name[len(top):].split("/")[0] for name in images}) == 1:
-        inner = f"{top}{heads.pop()}/"
-        split = inner.lower().split("/")[-2] in ("train", "val")
-        if split or not any("/" in name[len(inner):] for name in images):
-            break
-        top = inner
-    return top
-
-
-def _hold_out(training: dict[str, str]) -> dict[str, str]:
-    """A fixed tenth of each class, at most 50 images, at least 1 where a class has two."""
-    names_of: dict[str, list[str]] = {}
-    for name in sorted(training):
-        names_of.setdefault(training[name], []).append(name)
-    rng = np.random.default_rng(0)
-    return {name: folder for folder, names in sorted(names_of.items())
-            for name in rng.permutation(names)[:min(50, max(len(names) // 10, 1))].tolist() if len(names) > 1}
-
-
-def digest(value) -> str:
-    """16 hex digits over a value that JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """The RGB image that a file of this name holds, upright; 16-bit grey keeps its upper 8 bits.
-
-    Raises ValueError, in one sentence, if it holds none, floating-point numbers, or a strip whose sides
-    differ a hundredfold.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        ImageOps.exif_transpose(image, in_place=True)  # LlamaGen's reader leaves photographs on their side
-        if image.mode == "F":
-            raise ValueError("numbers of unknown range")
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        if max(image.size) > 100 * min(image.size):
-            raise ValueError("a strip")
-        return image.convert("RGB")
-    except Exception as error:  # what a damaged file makes Pillow raise has no end
-        if _is_memory(error):
-            raise
-        raise ValueError(f"{name} is not a readable image; remove or replace it (train.py, tokenizer.py and "
-                         "probe.py leave such images out with --skip-corrupt).") from None
-
-
-def _outlines() -> dict[str, list[np.ndarray]]:
-    """Class name -> outlines in the unit disc, (points, 2); a second outline is a hole in the first."""
-    t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
-    circle = np.stack([np.cos(t), np.sin(t)], 1)
-    heart = np.stack([16 * np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t))], 1) / 17
-    star = circle[::6] * np.where(np.arange(10) % 2, 0.42, 1)[:, None]
-    cross = np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3)])
-    arrow = np.array([(0, -1), (.8, 0), (.3, 0), (.3, 1), (-.3, 1), (-.3, 0), (-.8, 0)])
-    return {"circle": [circle], "ring": [circle, circle * 0.55],
-            "crescent": [circle, circle * 0.8 + (0.4, 0)],
-            "half disc": [circle[:31] - (0, 0.4)], "triangle": [circle[5::20]], "square": [circle[7::15]],
-            "hexagon": [circle[::10]], "star": [star], "cross": [np.concatenate([cross, -cross])],
-            "heart": [heart], "arrow": [arrow], "bar": [np.array([(-1, -.3), (1, -.3), (1, .3), (-1, .3)])]}
-
-
-_SHAPES = _outlines()
-_PALETTE = [(213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (240, 228, 66), (240, 240, 240)]
-
-
-def draw_shape(label: int, seed: tuple[int, ...], size: int = 64) -> Image.Image:
-    """One image of the built-in set: shape `label` (0 ... 11) at a random place, size, tilt and colour.
-
-    A function of its arguments alone. Colours are drawn independently of the class, from one small palette.
-    """
-    rng = np.random.default_rng(seed)
-    scale, tilt = rng.uniform(0.22, 0.36), rng.uniform(-0.45, 0.45)
-    centre = rng.uniform(0.36, 0.64, size=2)
-    turn = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
-    foreground = _PALETTE[rng.integers(len(_PALETTE))]
-    dark, light = rng.integers(20, 70, size=3), rng.integers(60, 120, size=3)
-    ramp = np.linspace(0, 1, 4 * size)[:, None, None]
-    background = np.broadcast_to((1 - ramp) * dark + ramp * light, (4 * size, 4 * size, 3)).astype(np.uint8)
-    mask = Image.new("L", (4 * size, 4 * size))
-    for fill, outline in zip((255, 0), _SHAPES[list(_SHAPES)[label]]):
-        points = (outline @ turn * scale + centre) * 4 * size
-        ImageDraw.Draw(mask).polygon([tuple(point) for point in points.tolist()], fill=fill)
-    image = Image.composite(Image.new("RGB", mask.size, foreground), Image.fromarray(background), mask)
-    return image.resize((size, size), Image.BOX)  # drawn at four times the size: smooth edges
-
-
-def _shapes(split: str) -> ImageSet:
-    count, code = {"train": (4800, 0), "val": (600, 1)}[split]
-    labels = np.arange(count, dtype=np.int64) % len(_SHAPES)
-    return ImageSet("shapes", split, [f"{split}/{i:05d}" for i in range(count)], labels, list(_SHAPES),
-                    digest(["shapes", 1, split, count]), lambda i: draw_shape(int(labels[i]), (code, i)),
-                    f"shapes: 4,800 training and 600 held-out images of {len(_SHAPES)} classes, drawn here")
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize so that the shorter side is `size`, then cut the central (size, size) square (ADM, LlamaGen)."""
-    while min(image.size) >= 2 * size:
-        image = image.resize(tuple(side // 2 for side in image.size), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize(tuple(round(side * scale) for side in image.size), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def ten_crops(image: Image.Image, size: int, ratio: float) -> np.ndarray:
-    """The ten crops LlamaGen tokenises: corners and centre of the image, then the same five of its mirror.
-
-    The image is first centre-cropped to int(size * ratio) pixels. Returns uint8 (10, S, S, 3).
-    """
-    side = int(size * ratio)
-    pixels = np.asarray(center_crop(image, side))
-    far, mid = side - size, round((side - size) / 2)  # round half to even, as torchvision's TenCrop does
-    corners = [(0, 0), (0, far), (far, 0), (far, far), (mid, mid)]
-    return np.stack([p[y:y + size, x:x + size] for p in (pixels, pixels[:, ::-1]) for y, x in corners])
-
-
-def views(image: Image.Image, size: int, ratios: tuple[float, ...]) -> np.ndarray:
-    """uint8 (V, S, S, 3): ten crops for each of `ratios`; the centre crop alone if there are none."""
-    if not ratios:
-        return np.asarray(center_crop(image, size))[None]
-    return np.concatenate([ten_crops(image, size, ratio) for ratio in ratios])
-
-
-def read_pixels(images: ImageSet, indices, transform: Callable,
-                skip_corrupt: bool) -> list[np.ndarray | None]:
-    """[transform(image i) for i in indices], read in threads; with `skip_corrupt` None stands for bad ones.
-
-    Raises ValueError naming the first image that cannot be decoded, unless `skip_corrupt`, which prints it.
-    """
-    def read(i):
-        try:
-            image = images.read(i)
-        except ValueError as error:
-            if not skip_corrupt:
-                raise
-            print(f"skipped: {error}", file=sys.stderr)
-            return None
-        return transform(image)
-
-    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside Python's lock
-        return list(pool.map(read, indices))
-
-
-def read_ahead(batches: Iterable) -> Iterator:
-    """The items of `batches`; the next one is read in a thread while the caller works on this one."""
-    items = iter(batches)
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = pool.submit(next, items, None)
-            yield item
-
-
-def to_float(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, S, S, 3) -> float (B, 3, S, S) in [-1, 1]."""
-    return pixels.movedim(-1, 1).float() / 127.5 - 1
-
-
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """float (B, 3, S, S) in [-1, 1] -> uint8 (B, S, S, 3), truncated as LlamaGen's sampler does."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).movedim(1, -1)
-
 
 # ---- The VQ model: LlamaGen's structure and parameter names (vq_model.py) ----------------------------------
 
@@ -717,15 +61,14 @@ class VQConfig:
     def downsample(self) -> int:
         return 2 ** (len(self.ch_mult) - 1)
 
+VQ_DS4 = VQConfig(codebook_size=1024, ch=16, ch_mult=(1, 2, 4), res_blocks=1, z_channels=64, groups=8,
+                  attention=False)  # convolutions alone, so that one training serves every image size
+
 
 def check_image_size(size: int, config: VQConfig) -> None:
     """Raise ValueError for a side in pixels that does not give whole codes."""
     if size % config.downsample:
         raise ValueError(f"image size {size} is no multiple of the tokenizer's factor {config.downsample}.")
-
-
-VQ_DS4 = VQConfig(codebook_size=1024, ch=16, ch_mult=(1, 2, 4), res_blocks=1, z_channels=64, groups=8,
-                  attention=False)  # convolutions alone, so that one training serves every image size
 
 
 class ResnetBlock(nn.Module):
@@ -941,29 +284,58 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
 
     Raises FileNotFoundError or ValueError, in one sentence, if `path` is no such file.
     """
-    if not Path(path).is_file():
+    path = shipped(path)
+    if not path.is_file():
         raise FileNotFoundError(f"no tokenizer at {path}; name a file, such as a run's tokenizer.pt, or "
                                 "train one: python tokenizer.py train")
     content = read_weights(path)
     state = find_weights(content, "quantize.embedding.weight")
     if not state:
-        found = "a transformer" if find_weights(content, "tok_embeddings.weight") else "neither tokenizer nor transformer"
+        found = "a transformer" if find_weights(content, "tok_embeddings.weight") else "something else"
         raise ValueError(f"{path} holds {found}; expected a VQ tokenizer, such as vq_ds16_c2i.pt.")
     check_finite(path, state)
-    with telling(path, "tokenizer of the structure that it names, else of vq_ds16"):
+    with reading(path, "tokenizer of the structure that it names, else of vq_ds16"):
         codes, D = state["quantize.embedding.weight"].shape
         vq = VQModel(VQConfig(**content.get("vq_config", dict(codebook_size=codes, codebook_dim=D))))
         vq.load_state_dict(state)
     return vq.eval().requires_grad_(False).to(device)
 
 
-def fingerprint(module: nn.Module) -> str:
-    """16 hex digits over the weights of a tokenizer or any other module."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if name != "quantize.codebook_used":  # a statistic of LlamaGen's training, no weight
-            sha.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:16]
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 on a GPU meanwhile: with its 10 bits some latents between two codes would change sides."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+AT_A_TIME = 2 ** 20  # pixels that go through the tokenizer together
+
+
+def in_pieces(vq: VQModel, pixels: torch.Tensor, function: Callable) -> torch.Tensor:
+    """`function` of uint8 (N, S, S, 3), applied to float (B, 3, S, S) on the tokenizer's device, on the CPU.
+
+    In full float32, but for LlamaGen's own vq_ds16: its extractor, too, lets a GPU convolve in TF32.
+    """
+    device = next(vq.parameters()).device
+    chunks = pixels.split(max(AT_A_TIME // pixels.shape[1] ** 2, 1))
+    with torch.no_grad(), nullcontext() if vq.config == VQConfig() else full_precision():
+        return torch.cat([function(to_float(chunk.to(device))).cpu() for chunk in chunks])
+
+
+def encode_pixels(vq: VQModel, pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, S, S, 3) -> codes (N, T) int64, on the CPU."""
+    return in_pieces(vq, pixels, vq.encode)
+
+
+def reconstruct(vq: VQModel, pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, S, S, 3) -> what its codes keep of it, the same shape, on the CPU."""
+    return in_pieces(vq, pixels, lambda x: to_uint8(vq.decode(vq.encode(x))))
 
 
 # ---- Training the tokenizer --------------------------------------------------------------------------------
@@ -1010,15 +382,14 @@ def perceptual_loss(net: Perceptual, reconstruction: torch.Tensor, x: torch.Tens
 class Crops:
     """Random crops and flips of at most 100,000 images, which stay in the memory of `device`."""
 
-    def __init__(self, images: ImageSet, size: int, seed: int, device, skip_corrupt: bool):
+    def __init__(self, images: ImageSet, size: int, seed: int, device):
         self.rng, self.size, self.side = np.random.default_rng(seed), size, int(size * 1.1)
         chosen = self.rng.permutation(len(images))[:100_000]
         parts = np.array_split(chosen, len(chosen) // 1000 + 1)
-        pixels = [p for rows in tqdm(parts, "reading images", leave=False) for p in read_pixels(
-            images, rows, lambda image: np.asarray(center_crop(image, self.side)), skip_corrupt)]
+        pixels = [p for rows in progress(parts, "reading images", leave=False)
+                  for p in read_pixels(images, rows, lambda image: np.asarray(center_crop(image, self.side)))]
+        tell_unreadable(images)
         kept = [i for i, p in enumerate(pixels) if p is not None]
-        if not kept:
-            raise ValueError(f"none of the images of {images.source} can be read; get them again.")
         self.pixels = torch.from_numpy(np.stack([pixels[i] for i in kept])).to(device)  # (N, side, side, 3)
         self.labels = torch.from_numpy(images.labels[chosen[kept]]).to(device)  # (N,)
 
@@ -1036,7 +407,7 @@ def train_perceptual(crops: Crops, classes: int, steps: int, batch: int = 64) ->
     net = Perceptual(classes).to(crops.pixels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
-    for step in (bar := tqdm(range(steps), "learning what looks alike")):
+    for step in (bar := progress(range(steps), "learning what looks alike")):
         x, labels = crops.draw(batch)
         loss = F.cross_entropy(net(x)[1], labels, label_smoothing=0.1)
         optimizer.zero_grad()
@@ -1044,13 +415,12 @@ def train_perceptual(crops: Crops, classes: int, steps: int, batch: int = 64) ->
         optimizer.step()
         schedule.step()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return net.eval().requires_grad_(False)
 
 
 def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_DS4, steps: int = 1000,
-                    batch: int = 32, lr: float = 2e-3, seed: int = 0, device="cpu",
-                    skip_corrupt: bool = False) -> VQModel:
+                    batch: int = 32, lr: float = 2e-3, seed: int = 0, device="cpu") -> VQModel:
     """Train a tokenizer on random (size, size) crops and flips of `images`, at most 100,000 of them.
 
     Loss: mean squared error + codebook and commitment loss + `perceptual_loss`, whose net is trained first,
@@ -1060,13 +430,12 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_DS4, step
     """
     check_image_size(size, config)
     torch.manual_seed(seed)
-    crops = Crops(images, size, seed, device, skip_corrupt)
+    crops = Crops(images, size, seed, device)
     net = train_perceptual(crops, len(images.classes), max(steps // 2, 10))
     vq = VQModel(config).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(vq.parameters(), lr=lr, betas=(0.9, 0.95))
     used = torch.zeros(config.codebook_size, dtype=torch.bool, device=device)  # since the last restart
-    bar = tqdm(range(steps), "training tokenizer")
-    for step in bar:
+    for step in (bar := progress(range(steps), "training tokenizer")):
         x, _ = crops.draw(batch)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.05 * steps), cosine)
@@ -1082,37 +451,8 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_DS4, step
                 vq.quantize.restart(~used, vq.latents(x).movedim(1, -1).flatten(0, 2))
             used.zero_()
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     return vq.eval().requires_grad_(False)
-
-
-SHIPPED = Path(__file__).with_name("assets") / "tokenizer-32px.pt"  # vq_ds4, README says how it was trained
-
-
-def find_tokenizer(settings, images: ImageSet, device) -> Path:
-    """The file that train.py's `settings` ask for: "shipped", "train" (now, if there is none yet) or a file.
-
-    Raises ValueError if the shipped one is not what they ask for.
-    """
-    if settings.tokenizer == "shipped":
-        codes = load_tokenizer(SHIPPED).config.codebook_size
-        if settings.codes != codes:
-            raise ValueError(f"the shipped tokenizer has {codes} codes, not {settings.codes}; --tokenizer "
-                             "train makes your own.")
-        at = "" if settings.image_size == 32 else f" (trained at 32 px, used at {settings.image_size})"
-        print(f"Tokenizer: the shipped one{at}; --tokenizer train makes one for these images.")
-        return SHIPPED
-    if settings.tokenizer != "train":
-        return Path(settings.tokenizer)
-    config = replace(VQ_DS4, codebook_size=settings.codes)
-    size, steps = settings.image_size, settings.tokenizer_steps
-    key = digest(["perceptual", images.fingerprint, size, steps, asdict(config)])[:8]
-    path = Path(settings.cache) / f"tokenizer-{Path(images.source).stem}-{size}px-{key}.pt"
-    if not path.exists():
-        vq = train_tokenizer(images, size, config, steps, device=device, skip_corrupt=settings.skip_corrupt)
-        if not path.exists():  # another run may have come first: both then use its tokenizer
-            save_tokenizer(path, vq)
-    return path
 
 
 @torch.no_grad()
@@ -1131,35 +471,428 @@ def evaluate_tokenizer(vq: VQModel, pixels: torch.Tensor) -> dict[str, float]:
             "perplexity": torch.exp(-(p * p.clamp_min(1e-12).log()).sum()).item()}
 
 
-def held_out_pixels(images: ImageSet, size: int, count: int, skip_corrupt: bool = False) -> torch.Tensor:
-    """Centre crops of `count` evenly spaced images, uint8 (N, S, S, 3); errors as `read_pixels`.
-
-    Raises ValueError, too, if `skip_corrupt` leaves none.
-    """
+def held_out_pixels(images: ImageSet, size: int, count: int) -> torch.Tensor:
+    """Centre crops of `count` evenly spaced images, uint8 (N, S, S, 3); errors as `read_pixels`."""
     rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
-    pixels = read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)), skip_corrupt)
-    pixels = [p for p in pixels if p is not None]
-    if not pixels:
-        raise ValueError(f"none of the {images.split} images of {images.source} can be read; get them again.")
-    return torch.from_numpy(np.stack(pixels))
+    pixels = read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)))
+    return torch.from_numpy(np.stack([p for p in pixels if p is not None]))
 
 
-def print_quality(path: str | Path, vq: VQModel, settings) -> None:
-    """One line about the tokenizer at `path` on at most 1000 held-out images; `settings`: as `prepare`."""
-    check_image_size(settings.image_size, vq.config)
-    images = open_images(settings.data, "val", settings.subset)
-    pixels = held_out_pixels(images, settings.image_size, 1000, settings.skip_corrupt)
+def print_quality(path: str | Path, vq: VQModel, images: ImageSet, size: int) -> None:
+    """One line about the tokenizer at `path` on at most 1000 of the held-out `images`."""
+    pixels = held_out_pixels(images, size, 1000)
     quality = evaluate_tokenizer(vq, pixels)
     print(f"{path}: PSNR {quality['psnr']:.2f} dB, {quality['usage']:.1%} of {vq.config.codebook_size} codes "
           f"used, perplexity {quality['perplexity']:.0f} on {len(pixels)} held-out images")
 
 
+def find_tokenizer(settings, images: ImageSet, device) -> Path:
+    """The file that train.py's `settings` ask for: "shipped", "train" (now, if there is none yet) or a file.
+
+    Raises ValueError if the shipped one is not what they ask for.
+    """
+    if settings.tokenizer == "shipped":  # README says how they were trained
+        shapes = images.source == "shapes"
+        path = Path("assets", "tokenizer-shapes.pt" if shapes else "tokenizer-32px.pt")
+        codes = load_tokenizer(path).config.codebook_size
+        if settings.codes != codes and not shapes:  # shapes may stand in for other images, as they are
+            raise ValueError(f"the shipped tokenizer has {codes} codes, not {settings.codes}; --tokenizer "
+                             "train makes your own.")
+        at = "" if settings.image_size == 32 else f" (trained at 32 px, used at {settings.image_size})"
+        print(f"Tokenizer: the shipped one{at}; --tokenizer train makes one for these images.")
+        return path
+    if settings.tokenizer != "train":
+        return Path(settings.tokenizer)
+    config = replace(VQ_DS4, codebook_size=settings.codes)
+    size, steps = settings.image_size, settings.tokenizer_steps
+    key = digest(["perceptual", images.fingerprint, size, steps, asdict(config)])[:8]
+    path = Path(settings.cache) / f"tokenizer-{Path(images.source).stem}-{size}px-{key}.pt"
+    if not path.exists():
+        vq = train_tokenizer(images, size, config, steps, device=device)
+        if not path.exists():  # another run may have come first: both then use its tokenizer
+            save_tokenizer(path, vq)
+    return path
+
+
+# ---- Images in: folders, zips and the built-in shapes behind one reader ------------------------------------
+
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # others stay closed: EPS runs Ghostscript
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+VALIDATION = ("val", "valid", "validation", "dev", "eval", "test", "testing")  # the first that is there
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One split of an image set: names and labels in memory, pixels decoded on demand by `read`."""
+    source: str  # what the user named: a path, or "shapes"
+    split: str  # "train" or "val"
+    names: list[str]  # N file names inside the source
+    labels: np.ndarray  # (N,) int64, indices into `classes`
+    classes: list[str]  # class names in label order
+    fingerprint: str  # 16 hex digits over names and sizes of the files, a zip's checksums, and labels
+    read: Callable[[int], Image.Image]  # i -> RGB image; raises ValueError naming a file it cannot decode
+    summary: str = ""  # what was found, for people
+    unreadable: list[str] = field(default_factory=list)  # a sentence for each image that could not be read
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def open_images(source: str | Path, split: str = "train", subset: str | Path = "") -> ImageSet:
+    """Open the "train" or "val" split of a folder, of a zip (read in place), or of the built-in set "shapes".
+
+    Layouts, in the order tried: Tiny ImageNet (val/val_annotations.txt), ImageNet (train/<class>/* and, if
+    present, val/<class>/*; other usual names of the two will do), plain class folders (<class>/*). Where
+    there are no validation images a fixed tenth of each class, at most 50 images, is held out. `subset` is a
+    text file that lists the class folders to keep, one per line. Classes are numbered by sorted folder name,
+    as torchvision does.
+    Raises FileNotFoundError, OSError or ValueError, in one sentence, if nothing usable is there.
+    """
+    if not str(source):
+        raise ValueError("--data is empty (a variable that is not set?); name a folder, a zip, or: shapes.")
+    if str(source) == "shapes":
+        if subset:
+            raise ValueError("the built-in shapes have no class folders to choose from; leave --subset out.")
+        return _shapes(split)
+    files, read_bytes = list_files(shipped(source))
+    images = [name for name in sorted(files) if is_image(name)]
+
+    def table(name):  # the lines of a text file, split at tabs
+        lines = read_bytes(name).decode(errors="replace").splitlines() if name in files else []
+        return [line.split("\t") for line in lines if "\t" in line]
+
+    annotations = {f"val/images/{row[0]}": row[1] for row in table("val/val_annotations.txt")}
+    training, validation = _by_class(source, images, annotations)
+    if len(training) < 2:
+        raise ValueError(f"{source} holds {len(images)} image(s), {len(training)} in class folders; at least "
+                         "2 are needed, laid out as <class>/*.jpg or train/<class>/*.jpg.")
+    chosen_by = ""
+    if subset:
+        chosen_by = f" (of {len(set(training.values())):,}: those in {subset})"
+        kept = _read_subset(shipped(subset), set(training.values()), source)
+        training, validation = ({name: folder for name, folder in part.items() if folder in kept}
+                                for part in (training, validation))
+    if not validation:
+        validation = _hold_out(training)
+        training = {name: folder for name, folder in training.items() if name not in validation}
+    if not validation:
+        raise ValueError(f"{source} has one image of each class, so that none can be held out; add images.")
+
+    folders = sorted(set(training.values()))
+    if unknown := sorted(set(validation.values()) - set(folders)):
+        raise ValueError(f"{source} has validation images of class {unknown[0]!r} but no others.")
+    chosen = training if split == "train" else validation
+    names = sorted(chosen)
+    titles = {row[0]: row[1].split(",")[0] for row in table("words.txt")}
+    classes = [titles.get(folder) or folder for folder in folders]
+    if strange := [name for name in classes if not name.isprintable()]:
+        raise ValueError(f"{source} has a class named {strange[0]!r}, which cannot be printed; rename it.")
+    number = {folder: i for i, folder in enumerate(folders)}
+    labels = np.array([number[chosen[name]] for name in names], dtype=np.int64)
+    others = len(files.keys() - training.keys() - validation.keys())
+    summary = (f"{source}: {len(training):,} training and {len(validation):,} held-out images of "
+               f"{len(classes):,} classes{chosen_by}; {others:,} other files left out")
+    return ImageSet(str(source), split, names, labels, classes,
+                    digest([(name, *files[name], int(label)) for name, label in zip(names, labels)]),
+                    lambda i: decode_image(read_bytes(names[i]), f"{source}/{names[i]}"), summary)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name should hold an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _by_class(source, images: list[str], annotations: dict[str, str]) -> tuple[dict, dict]:
+    """{image name: class folder} of the training images, and of the validation images if there are any.
+
+    Raises ValueError where a split would be taken for a class, or where validation images would be passed
+    over in silence because they do not lie in class folders.
+    """
+    tops = {name.partition("/")[0] for name in images if "/" in name}
+
+    def below(split):  # {image: the folders below <split>/, and its own name}
+        return {name: name.split("/")[1:] for name in images if name.lower().startswith(split + "/")}
+
+    def by_folder(inside):  # {image: class folder}; images/ may stand around the classes
+        around = all(len(parts) > 2 and parts[0] == "images" for parts in inside.values())
+        return {name: parts[around] for name, parts in inside.items() if len(parts) > 1}
+
+    training = by_folder(below("train")) or by_folder(below("training"))
+    if not training:
+        splits = [top for top in sorted(tops)
+                  if {"train", "training", *VALIDATION} & set(re.split("[^a-z]+", top.lower()))]
+        if 2 * len(splits) > len(tops) > 0 or {top.lower() for top in tops} & {*VALIDATION}:
+            raise ValueError(f"{source} has {' and '.join(splits)} where class folders are expected; lay the "
+                             "images out as train/<class>/*.jpg and val/<class>/*.jpg, or as <class>/*.jpg.")
+        return {name: name.partition("/")[0] for name in images if "/" in name}, {}
+    if annotated := annotations.keys() & set(images):  # else somebody has sorted them into folders
+        if missing := sorted(annotations.keys() - annotated):
+            raise ValueError(f"{source} lists {missing[0]!r} in its annotations but does not hold it.")
+        return training, annotations
+    present = {top.lower(): top for top in tops}
+    for split in VALIDATION:
+        inside = below(split) if split in present else {}
+        if flat := sum(len(parts) == 1 for parts in inside.values()):
+            folder = present[split]
+            raise ValueError(f"{source} has {flat:,} images directly in {folder}/, outside of class folders; "
+                             f"sort them into {folder}/<class>/, or move {folder}/ away and a tenth of the "
+                             "training images is held out instead.")
+        held_out = by_folder(inside)
+        unlabelled = split.startswith("test") and not set(held_out.values()) <= set(training.values())
+        if held_out and not unlabelled:
+            return training, held_out
+    return training, {}
+
+
+def _read_subset(path: str | Path, folders: set[str], source: str | Path) -> set[str]:
+    """The class folders that a text file lists, all of them among `folders`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; --subset takes a list of class folders.")
+    text = Path(path).read_text("utf-8-sig", "replace")  # some editors begin a file with an invisible mark
+    kept = {line.strip() for line in text.splitlines()} - {""}
+    if not kept:
+        raise ValueError(f"the subset {path} lists no class folder.")
+    if unknown := sorted(kept - folders):
+        raise ValueError(f"the subset {path} lists {unknown[0]!r}, of which {source} has no images.")
+    return kept
+
+
+def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[[str], bytes]]:
+    """{posix name: (size in bytes, CRC-32)} of the files in a folder or zip, and a function that reads one.
+
+    A zip knows its CRCs; those of a folder are None. Folders around everything are left out of the names;
+    hidden files and __MACOSX are left out altogether.
+    Raises FileNotFoundError, OSError or ValueError, as does the function, for what cannot be read.
+    """
+    if path.is_dir():
+        found, get = _walk(path), lambda name: (path / name).read_bytes()
+    elif path.is_file():
+        with reading(path, "folder or whole zip"):
+            archive = zipfile.ZipFile(path)
+        found = {info.filename: (info.file_size, info.CRC) for info in archive.infolist()
+                 if not info.is_dir() and not _hidden(info.filename)}
+
+        def get(name):
+            with reading(f"{path}/{name}", "entry of a zip that can be read"):
+                return archive.read(name)
+    else:
+        raise FileNotFoundError(f"{path} does not exist (folder or file); write a folder, a zip, or: shapes.")
+    top = _top_folder([name for name in found if is_image(name)])
+    files = {name[len(top):]: mark for name, mark in found.items() if name.startswith(top)}
+    return files, lambda name: get(top + name)
+
+
+def _walk(root: Path) -> dict[str, tuple[int, None]]:
+    """`list_files` of a folder, links followed."""
+    def fail(error):
+        raise OSError(f"cannot read the folder {error.filename}; mend or remove it ({error.strerror}).")
+
+    files = {}
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        for name in names:
+            full = os.path.join(folder, name)
+            if os.path.isfile(full) and not _hidden(name):
+                files[os.path.relpath(full, root).replace(os.sep, "/")] = os.path.getsize(full), None
+            elif is_image(name) and not _hidden(name):
+                raise ValueError(f"{full} is a broken link or no regular file; remove it.")
+    return files
+
+
+def _hidden(name: str) -> bool:
+    """Of no interest: .ipynb_checkpoints, __MACOSX and their like."""
+    return any(part.startswith(".") and part != "." or part == "__MACOSX" for part in name.split("/"))
+
+
+def _top_folder(images: list[str]) -> str:
+    """The folders around all images, as "a/b/": neither train/ and val/ nor the class folders."""
+    top = ""
+    while len(heads := {name[len(top):].split("/")[0] for name in images}) == 1:
+        inner = f"{top}{heads.pop()}/"
+        split = inner.lower().split("/")[-2] in ("train", "val")
+        if split or not any("/" in name[len(inner):] for name in images):
+            break
+        top = inner
+    return top
+
+
+def _hold_out(training: dict[str, str]) -> dict[str, str]:
+    """A fixed tenth of each class, at most 50 images, at least 1 where a class has two."""
+    names_of: dict[str, list[str]] = {}
+    for name in sorted(training):
+        names_of.setdefault(training[name], []).append(name)
+    rng = np.random.default_rng(0)
+    return {name: folder for folder, names in sorted(names_of.items())
+            for name in rng.permutation(names)[:min(50, max(len(names) // 10, 1))].tolist() if len(names) > 1}
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The RGB image that a file of this name holds, upright; 16-bit grey keeps its upper 8 bits.
+
+    Raises ValueError, in one sentence, if it holds none, floating-point numbers, or a strip whose sides
+    differ a hundredfold.
+    """
+    with reading(name, "readable image"):
+        try:
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"none of {', '.join(IMAGE_FORMATS)}") from None
+        try:
+            ImageOps.exif_transpose(image, in_place=True)  # LlamaGen leaves photographs on their side
+        except Exception as error:  # a broken EXIF block is ignored; broken pixels are found below
+            if _is_memory(error):
+                raise
+        if image.mode == "F":
+            raise ValueError("numbers of unknown range")
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        if max(image.size) > 100 * min(image.size):
+            raise ValueError("a strip")
+        return image.convert("RGB")
+
+
+def _outlines() -> dict[str, list[np.ndarray]]:
+    """Class name -> outlines in the unit disc, (points, 2); a second outline is a hole in the first."""
+    t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    circle = np.stack([np.cos(t), np.sin(t)], 1)
+    heart = np.stack([16 * np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t))], 1) / 17
+    star = circle[::6] * np.where(np.arange(10) % 2, 0.42, 1)[:, None]
+    cross = np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3)])
+    arrow = np.array([(0, -1), (.8, 0), (.3, 0), (.3, 1), (-.3, 1), (-.3, 0), (-.8, 0)])
+    return {"circle": [circle], "ring": [circle, circle * 0.55],
+            "crescent": [circle, circle * 0.8 + (0.4, 0)],
+            "half disc": [circle[:31] - (0, 0.4)], "triangle": [circle[5::20]], "square": [circle[7::15]],
+            "hexagon": [circle[::10]], "star": [star], "cross": [np.concatenate([cross, -cross])],
+            "heart": [heart], "arrow": [arrow], "bar": [np.array([(-1, -.3), (1, -.3), (1, .3), (-1, .3)])]}
+
+
+_SHAPES = _outlines()
+_PALETTE = [(213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (240, 228, 66), (240, 240, 240)]
+
+
+def draw_shape(label: int, seed: tuple[int, ...], size: int = 64) -> Image.Image:
+    """One image of the built-in set: shape `label` (0 ... 11) at a random place, size, tilt and colour.
+
+    A function of its arguments alone. Colours are drawn independently of the class, from one small palette.
+    """
+    rng = np.random.default_rng(seed)
+    scale, tilt = rng.uniform(0.22, 0.36), rng.uniform(-0.45, 0.45)
+    centre = rng.uniform(0.36, 0.64, size=2)
+    turn = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
+    foreground = _PALETTE[rng.integers(len(_PALETTE))]
+    dark, light = rng.integers(20, 70, size=3), rng.integers(60, 120, size=3)
+    ramp = np.linspace(0, 1, 4 * size)[:, None, None]
+    background = np.broadcast_to((1 - ramp) * dark + ramp * light, (4 * size, 4 * size, 3)).astype(np.uint8)
+    mask = Image.new("L", (4 * size, 4 * size))
+    for fill, outline in zip((255, 0), _SHAPES[list(_SHAPES)[label]]):
+        points = (outline @ turn * scale + centre) * 4 * size
+        ImageDraw.Draw(mask).polygon([tuple(point) for point in points.tolist()], fill=fill)
+    image = Image.composite(Image.new("RGB", mask.size, foreground), Image.fromarray(background), mask)
+    return image.resize((size, size), Image.BOX)  # drawn at four times the size: smooth edges
+
+
+def _shapes(split: str) -> ImageSet:
+    count, code = {"train": (4800, 0), "val": (600, 1)}[split]
+    labels = np.arange(count, dtype=np.int64) % len(_SHAPES)
+    return ImageSet("shapes", split, [f"{split}/{i:05d}" for i in range(count)], labels, list(_SHAPES),
+                    digest(["shapes", 1, split, count]), lambda i: draw_shape(int(labels[i]), (code, i)),
+                    f"shapes: 4,800 training and 600 held-out images of {len(_SHAPES)} classes, drawn here")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize so that the shorter side is `size`, then cut the central (size, size) square (ADM, LlamaGen)."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def ten_crops(image: Image.Image, size: int, ratio: float) -> np.ndarray:
+    """The ten crops LlamaGen tokenises: corners and centre of the image, then the same five of its mirror.
+
+    The image is first centre-cropped to int(size * ratio) pixels. Returns uint8 (10, S, S, 3).
+    """
+    side = int(size * ratio)
+    pixels = np.asarray(center_crop(image, side))
+    far, mid = side - size, round((side - size) / 2)  # round half to even, as torchvision's TenCrop does
+    corners = [(0, 0), (0, far), (far, 0), (far, far), (mid, mid)]
+    return np.stack([p[y:y + size, x:x + size] for p in (pixels, pixels[:, ::-1]) for y, x in corners])
+
+
+def views(image: Image.Image, size: int, ratios: tuple[float, ...]) -> np.ndarray:
+    """uint8 (V, S, S, 3): ten crops for each of `ratios`; the centre crop alone if there are none."""
+    if not ratios:
+        return np.asarray(center_crop(image, size))[None]
+    return np.concatenate([ten_crops(image, size, ratio) for ratio in ratios])
+
+
+def read_pixels(images: ImageSet, rows: Iterable[int], transform: Callable) -> list[np.ndarray | None]:
+    """[transform(image i) for i in rows], read in threads; None stands for an image that cannot be read.
+
+    Raises ValueError, naming one of them, as soon as more than 1 % of all `images` cannot be read.
+    """
+    def read(i):
+        try:
+            image = images.read(i)
+        except ValueError as error:
+            if str(error) not in images.unreadable:
+                images.unreadable.append(str(error))
+            if 100 * len(images.unreadable) > len(images):
+                raise ValueError(f"more than 1 % of the {len(images):,} images cannot be read: "
+                                 f"{images.unreadable[0]}") from None
+            return None
+        return transform(image)
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside Python's lock
+        return list(pool.map(read, rows))
+
+
+def tell_unreadable(images: ImageSet) -> None:
+    """Print on rank 0, in one line, how many images a pass had to leave out, and the first few of them."""
+    if images.unreadable and rank_and_world()[0] == 0:
+        print(f"!! {len(images.unreadable):,} of {len(images):,} {images.split} images are left out: "
+              f"{' '.join(images.unreadable[:3])}")
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, S, S, 3) -> float (B, 3, S, S) in [-1, 1]."""
+    return pixels.movedim(-1, 1).float() / 127.5 - 1
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """float (B, 3, S, S) in [-1, 1] -> uint8 (B, S, S, 3), truncated as LlamaGen's sampler does."""
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).movedim(1, -1)
+
+
+TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "data/tiny-imagenet-200.zip",
+                 248_100_043, "md5:90528d7ca1a48142e341f4ef8d21d0de")  # as `download` takes them
+
+
+def find_images(data: str) -> str:
+    """`data` if it is given, else Tiny ImageNet in data/, downloaded if need be, else the built-in "shapes".
+
+    The last happens without network: a banner says so, and whoever calls must record it.
+    """
+    if data:
+        return data
+    path = TINY_IMAGENET[1]
+    try:
+        download(*TINY_IMAGENET)
+        return path
+    except (ValueError, OSError) as error:
+        bar = "!" * 100
+        print(f"\n{bar}\n!! No Tiny ImageNet: {error}\n!! Put it at {path}, or name images with --data.\n"
+              f"!! This run uses the built-in SHAPES instead: a demonstration, not evidence.\n{bar}\n")
+        return "shapes"
+
+
 # ---- The token cache: tokens.npy uint16 (N, V, T), labels.npy int64 (N,), meta.json ------------------------
 
 CHUNK = 1000  # images per part file: what each process of a killed encoding loses at most
-AT_A_TIME = 2 ** 20  # pixels that go through the tokenizer together
-READ_AHEAD = 2 ** 25  # bytes of crops that wait for it
-UNREADABLE = 65535  # fills the row of an image left out by --skip-corrupt; its label becomes -1
+READ_AHEAD = 2 ** 25  # bytes of crops that wait for the tokenizer
+UNREADABLE = 65535  # fills the row of an image that cannot be read; its label becomes -1
 
 
 class TokenCache(NamedTuple):
@@ -1177,289 +910,432 @@ def cache_meta(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ..
             "codebook_size": vq.config.codebook_size, "classes": images.classes}
 
 
-def cache_folder(root: str | Path, meta: dict) -> Path:
-    """The folder below `root` whose name says what `meta` says."""
-    what = f"{len(meta['classes'])}-classes-{meta['split']}-{meta['image_size']}px"
-    return Path(root) / f"{what}-{digest(meta)[:8]}"
+def token_cache(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...],
+                root: str | Path) -> TokenCache:
+    """The codes of ten crops of every image for each of `ratios`; of the centre crop alone if there are none.
 
-
-def _read_meta(folder: Path, expected: dict | None) -> tuple[dict, dict]:
-    """(meta, checksums of the files) of a finished cache; errors as `load_cache`."""
-    if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"no finished token cache at {folder}; write one: python tokenizer.py encode")
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        checksums = meta.pop("checksums")
-    except Exception:  # whatever another text makes json raise
-        raise ValueError(f"the token cache {folder} is damaged; delete it and encode again.") from None
-    for key, value in (expected or {}).items():
-        if meta.get(key) != value:
-            raise ValueError(f"the token cache {folder} has {key} = {str(meta.get(key))[:80]} but "
-                             f"{str(value)[:80]} is needed; encode again into another folder.")
-    return meta, checksums
-
-
-def load_cache(folder: str | Path, expected: dict | None = None) -> TokenCache:
-    """Open a finished cache, memory-mapped; if `expected` is given its meta must equal that.
-
-    Reads all of it once for the checksums, about a gigabyte a second.
-    Raises FileNotFoundError if there is none, ValueError if it is another one's, naming what differs, or if
-    its files are not what was written.
-    """
-    folder = Path(folder)
-    meta, checksums = _read_meta(folder, expected)
-    try:
-        for name in ("tokens.npy", "labels.npy"):
-            if _checksum(folder / name) != checksums[name]:
-                raise ValueError(name)
-        return TokenCache(np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "labels.npy"), meta)
-    except Exception:  # whatever a changed file makes numpy raise
-        raise ValueError(f"the token cache {folder} is damaged; delete it and encode again.") from None
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32 on the GPU meanwhile: its 10 bits would move the codes of latents between two codes."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-
-
-@torch.no_grad()
-def reconstruct(vq: VQModel, pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, S, S, 3) -> what its codes keep of it, the same shape, on the CPU; as `encode_pixels`."""
-    device = next(vq.parameters()).device
-    with full_precision():
-        chunks = pixels.split(max(AT_A_TIME // pixels.shape[1] ** 2, 1))
-        return torch.cat([to_uint8(vq.decode(vq.encode(to_float(x.to(device))))).cpu() for x in chunks])
-
-
-@torch.no_grad()
-def encode_pixels(vq: VQModel, pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, S, S, 3) -> codes (N, T) int64 on the CPU; a megapixel at a time, in full float32."""
-    device = next(vq.parameters()).device
-    with full_precision():
-        chunks = pixels.split(max(AT_A_TIME // pixels.shape[1] ** 2, 1))
-        return torch.cat([vq.encode(to_float(chunk.to(device))).cpu() for chunk in chunks])
-
-
-def build_cache(folder: str | Path, images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...],
-                skip_corrupt: bool = False) -> None:
-    """Encode every view of every image into `folder`; does nothing if the same cache is there already.
-
-    Under torchrun (RANK, WORLD_SIZE) each process encodes every WORLD_SIZE-th chunk of images into a part
-    file, and rank 0 waits for all parts, joins them and writes meta.json last. No process group is needed.
-    A killed encoding goes on where it was, with any number of processes. Memory: some 400 MB at 256 px.
-    Raises ValueError as `load_cache` and `read_pixels` do, if codes and image size do not fit, or if another
-    job encodes into `folder` now.
+    They are read from a folder below `root` whose name says what it holds. What is missing is encoded first:
+    under torchrun each process encodes every WORLD_SIZE-th chunk of images into a part file, and rank 0 joins
+    the parts and writes meta.json last, for which the others wait. A killed encoding goes on where it was,
+    with any number of processes, and two jobs may encode the same cache at once.
+    Raises ValueError if codes and image size do not fit, as `read_pixels` does, or for a damaged cache.
     """
     check_image_size(size, vq.config)
     if vq.config.codebook_size > UNREADABLE:
         raise ValueError(f"the cache stores codes in 16 bits; {vq.config.codebook_size} codes do not fit.")
-    folder, meta = Path(folder), cache_meta(images, vq, size, ratios)
+    meta, rank = cache_meta(images, vq, size, ratios), rank_and_world()[0]
+    folder = Path(root) / f"{len(images.classes)}-classes-{images.split}-{size}px-{digest(meta)[:8]}"
+    try:
+        if not (folder / "meta.json").exists():
+            _encode(folder, images, vq, size, ratios)
+        while not (folder / "meta.json").exists():
+            if rank == 0:
+                _join(folder, images, meta)
+            time.sleep(0.1)
+    except OSError:
+        if not (folder / "meta.json").exists():
+            raise  # else another job has joined the parts and deleted them meanwhile
+    if rank == 0:  # also those of another job, which came second
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+    with reading(folder, "token cache of these images (delete it and it is encoded again)"):
+        found = json.loads((folder / "meta.json").read_text())
+        if others := [key for key in meta if found[key] != meta[key]]:
+            raise ValueError(f"{others[0]} is {str(found[others[0]])[:80]}")
+        tokens, labels = np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+        if (list(tokens.shape), tokens.dtype, labels.shape) != (meta["shape"], np.uint16, tokens.shape[:1]):
+            raise ValueError(f"tokens of shape {tokens.shape}, labels of shape {labels.shape}")
+    bad = np.flatnonzero(labels < 0)
+    if rank == 0 and len(bad):
+        print(f"!! {len(bad):,} {images.split} images are left out of {folder}, since they could not be "
+              f"read; the first is {images.names[bad[0]]}.")
+    return TokenCache(tokens, labels, meta)
+
+
+def _parts(folder: Path, images: ImageSet) -> list[tuple[range, Path]]:
+    """The rows of images in each part file, and the file."""
+    return [(range(start, min(start + CHUNK, len(images))), folder / "parts" / f"{start:09d}.npy")
+            for start in range(0, len(images), CHUNK)]
+
+
+def _encode(folder: Path, images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...]) -> None:
+    """Write this process's share of the part files that are missing."""
     rank, world = rank_and_world()
-    if (folder / "meta.json").exists():
-        _read_meta(folder, meta)
-        if rank == 0:
-            _remove_parts(folder)  # left by a kill right after meta.json was written
-        return
-    place = folder / f"parts-{digest(meta)}"
-    parts = {start: place / f"{start:09d}.npz" for start in range(0, len(images), CHUNK)}
-    with locked(folder) if rank == 0 else nullcontext():
-        missing = {start: part for start, part in [*parts.items()][rank::world] if not part.exists()}
-        if (folder / "meta.json").exists():  # joined meanwhile: the parts are not missing but done with
-            return
-        _encode(images, vq, size, ratios, missing, skip_corrupt)
-        if rank == 0:
-            while not all(part.exists() for part in parts.values()):
-                time.sleep(0.2)
-            _join(folder, parts, images.labels, meta)
-
-
-def _encode(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...], parts: dict[int, Path],
-            skip_corrupt: bool) -> None:
-    """Write the part files: {index of a part's first image: file}."""
     blank = np.zeros((max(10 * len(ratios), 1), size, size, 3), np.uint8)  # (V, S, S, 3)
-    per_pass = max(AT_A_TIME // size ** 2, 1)  # crops that the encoder takes at once
-    few = per_pass // math.gcd(per_pass, len(blank))  # images whose crops fill whole passes
-    count = min(few * max(READ_AHEAD // (few * blank.nbytes), 1), CHUNK)  # images at a time
-    N = len(images)
-    groups = [range(i, min(i + count, start + CHUNK, N))
-              for start in parts for i in range(start, min(start + CHUNK, N), count)]
-    pieces = read_ahead(read_pixels(images, group, lambda image: views(image, size, ratios), skip_corrupt)
-                        for group in groups)
-    bar = tqdm(total=sum(map(len, groups)), desc=f"encoding {Path(images.source).name} {images.split}",
-               disable=rank_and_world()[0] != 0 or not groups, unit="image")
+    count = min(max(READ_AHEAD // blank.nbytes, 1), CHUNK)  # images at a time
+    missing = [(rows, part) for rows, part in _parts(folder, images)[rank::world] if not part.exists()]
+    groups = [(rows[i:i + count], part) for rows, part in missing for i in range(0, len(rows), count)]
+    crops = read_ahead(read_pixels(images, group, lambda image: views(image, size, ratios))
+                       for group, _ in groups)
+    total, name = sum(len(rows) for rows, _ in missing), Path(images.source).name
     codes = []
-    for group, piece in zip(groups, pieces):
-        pixels = np.concatenate([blank if crops is None else crops for crops in piece])  # (B V, S, S, 3)
-        tokens = encode_pixels(vq, torch.from_numpy(pixels)).numpy().astype(np.uint16)
-        tokens = tokens.reshape(len(group), len(blank), -1)  # (B, V, T)
-        tokens[[crops is None for crops in piece]] = UNREADABLE
-        codes.append(tokens)
-        bar.update(len(group))
-        if group.stop % CHUNK == 0 or group.stop == N:  # a part is complete
-            whole = np.concatenate(codes)
-            part = parts[group.start // CHUNK * CHUNK]
-            write_file(part, lambda file: np.savez(file, codes=whole))  # with checksums
-            codes = []
-    bar.close()
+    with progress(desc=f"encoding {name} {images.split}", total=total, unit="image") as bar:
+        for (group, part), piece in zip(groups, crops):
+            pixels = np.concatenate([blank if image is None else image for image in piece])  # (B V, S, S, 3)
+            tokens = encode_pixels(vq, torch.from_numpy(pixels)).numpy().astype(np.uint16)
+            tokens = tokens.reshape(len(group), len(blank), -1)  # (B, V, T)
+            tokens[[image is None for image in piece]] = UNREADABLE
+            codes.append(tokens)
+            bar.update(len(group))
+            if group.stop % CHUNK == 0 or group.stop == len(images):  # the part is complete
+                whole, codes = np.concatenate(codes), []
+                write_file(part, lambda file: np.save(file, whole))
 
 
-def _join(folder: Path, parts: dict[int, Path], labels: np.ndarray, meta: dict) -> None:
-    """Write tokens.npy, labels.npy and, last, meta.json; then delete the parts."""
-    labels = labels.copy()
+def _join(folder: Path, images: ImageSet, meta: dict) -> None:
+    """Write tokens.npy, labels.npy and, last, meta.json, if all parts are there."""
+    parts, labels = _parts(folder, images), images.labels.copy()
+    if not all(part.exists() for _, part in parts):
+        return
 
     def write(file):
         header = {"descr": "<u2", "fortran_order": False, "shape": tuple(meta["shape"])}
         np.lib.format.write_array_header_1_0(file, header)
-        for start, part in parts.items():
-            mine = labels[start:start + CHUNK]
-            codes = _read_part(part, [len(mine), *meta["shape"][1:]])
+        for rows, part in parts:  # one at a time: memory does not grow with the number of images
+            codes = np.load(part)
             bad = codes[:, 0, 0] == UNREADABLE
-            mine[bad] = -1
+            labels[rows.start:rows.stop][bad] = -1
             codes[bad] = 0
             file.write(codes.tobytes())
+        if 100 * (labels < 0).sum() > len(labels):  # each process has only seen its own
+            raise ValueError(f"more than 1 % of the images for {folder} cannot be read; get them again, and "
+                             "delete that folder.")
 
     write_file(folder / "tokens.npy", write)
-    if (labels < 0).all():
-        _remove_parts(folder)  # or mended files would not be read
-        raise ValueError(f"none of the {len(labels)} images for {folder} can be read; get them again.")
     write_file(folder / "labels.npy", lambda file: np.save(file, labels))
-    checksums = {name: _checksum(folder / name) for name in ("tokens.npy", "labels.npy")}
-    text = json.dumps(meta | {"checksums": checksums}, indent=1)
-    write_file(folder / "meta.json", lambda file: file.write(text.encode()))
-    _remove_parts(folder)
+    write_file(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
 
 
-def _remove_parts(folder: Path) -> None:
-    for left in folder.glob("parts-" + "[0-9a-f]" * 16):
-        shutil.rmtree(left, ignore_errors=True)
+# ---- What all scripts share: processes, devices, settings, files -------------------------------------------
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's (rank, number of processes) as torchrun tells it; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _read_part(path: Path, shape: list[int]) -> np.ndarray:
-    """The codes of one part file, uint16; a damaged one is deleted, and ValueError says so."""
-    with deleting(path):
-        with np.load(path) as file:
-            codes = file["codes"]
-        if list(codes.shape) != shape or codes.dtype != np.uint16:
-            raise ValueError("another shape")
-        return codes
+def choose_device(name: str = "") -> torch.device:
+    """The device called `name`: cpu, cuda or cuda:N; by default cuda where there is a GPU that works.
 
-
-class Prepared(NamedTuple):
-    """What `prepare` found or made."""
-    data: str  # the images: a folder, a zip, or "shapes"
-    subset: str  # the list of their classes to keep, or ""
-    tokenizer: str  # file
-    suffix: str  # of the run's name: "-shapes" where they stand in for Tiny ImageNet, else ""
-    vq: VQModel
-    train: TokenCache  # all crops of the training images
-    held_out: TokenCache  # centre crops alone
-
-
-def prepare(settings, device: torch.device, store) -> Prepared:
-    """From image set to token caches, as train.py needs them; `settings` has the fields of its Config.
-
-    Rank 0 finds the images and trains the tokenizer if there is none; all processes encode. They agree
-    through `store`, in which a key can be waited for without limit.
-    Raises ValueError or OSError, in one sentence, for data that cannot be used.
+    Under torchrun "cuda" is the GPU number LOCAL_RANK, one for each process of a machine.
+    Raises ValueError, in one sentence, if there is no such device or this torch cannot use it.
     """
-    rank = rank_and_world()[0]
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if name.startswith("mps"):
+        raise ValueError(f"--device {name}: Apple's GPUs are untested here, and their kernels differ; use "
+                         "cpu, on which the preset tiny takes some thirteen minutes.")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (":" in name and not index.isdecimal()):
+        raise ValueError(f"--device {name}: write cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index and rank_and_world()[1] > 1:
+        raise ValueError(f"--device {name} puts all processes on one GPU; write cuda to give each its own.")
+    number = int(index or os.environ.get("LOCAL_RANK", 0))
+    if number >= count:
+        raise ValueError(f"--device {name} asks for GPU {number}, but this machine has {count} that torch "
+                         "can use; use cpu, or start fewer processes.")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(number)
+    try:
+        torch.ones(1, device=device).add_(1)
+    except RuntimeError as error:
+        if _is_memory(error):
+            raise
+        raise ValueError(f"this torch cannot compute on GPU {number}, {torch.cuda.get_device_name(number)}; "
+                         "install one that was built for it, as pytorch.org describes, or use --device cpu "
+                         f"({str(error).splitlines()[0]}).") from None
+    return device
 
-    def from_first(key, make):  # what rank 0 makes, for all processes
-        if rank == 0:
-            store.set(key, json.dumps(make()))
-        store.wait([key], timedelta(days=30))
-        return json.loads(store.get(key))
 
-    def barrier(key):  # nobody goes on before rank 0 gets here
-        from_first(key, lambda: None)
+_bars = weakref.WeakSet()  # of `progress`: closed before an error is printed
 
-    def find():
-        data = find_images(settings.data)
-        stand_in = data == "shapes" != settings.data
-        subset = "" if stand_in else settings.subset
-        images = open_images(data, "train", subset)
-        print(images.summary)
-        return data, subset, str(find_tokenizer(settings, images, device)), "-shapes" if stand_in else ""
 
-    data, subset, path, suffix = from_first("found", find)
-    vq, caches = load_tokenizer(path, device), []
-    if rank == 0 and settings.tokenizer in ("shipped", "train"):
-        print_quality(path, vq, replace(settings, data=data, subset=subset))
-    for split, ratios in (("train", settings.crop_ratios), ("val", ())):
-        images = open_images(data, split, subset)
-        meta = cache_meta(images, vq, settings.image_size, ratios)
-        folder = cache_folder(settings.cache, meta)
-        build_cache(folder, images, vq, settings.image_size, ratios, settings.skip_corrupt)
-        barrier(split)
-        caches.append(load_cache(folder, meta))
-        if rank == 0 and (bad := int((caches[-1].labels < 0).sum())):
-            print(f"{bad:,} {split} images are left out, which could not be read (--skip-corrupt).")
-    return Prepared(data, subset, path, suffix, vq, *caches)
+def progress(iterable: Iterable | None = None, desc: str = "", total: int | None = None, **settings) -> tqdm:
+    """A tqdm bar on rank 0 alone; without a terminal, as in a batch job's log, it writes once a minute."""
+    if not sys.stderr.isatty():
+        settings |= dict(mininterval=60, maxinterval=60)
+    bar = tqdm(iterable, desc, total, disable=rank_and_world()[0] != 0, **settings)
+    _bars.add(bar)
+    return bar
+
+
+def read_ahead(batches: Iterable) -> Iterator:
+    """The items of `batches`; the next one is read in a thread while the caller works on this one."""
+    items = iter(batches)
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+
+
+def within(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+    """A type for argparse: an int or a float, as `kind` says, finite and in [low, high]."""
+    def read(text):
+        try:
+            value = kind(text)
+            fits = math.isfinite(value) and low <= value <= high
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits:
+            bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text} is not {noun} {' and '.join(bounds)}".rstrip())
+        return value
+    return read
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether numpy or torch, which has a class of its own for GPUs alone, says that the memory is full."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(re.search("out of memory|allocate memory", str(error))))
+
+
+def run_script(main: Callable, goes_on: str) -> None:
+    """Run a script's `main`: a user's mistake ends it in one sentence, Ctrl-C by saying what `goes_on`."""
+    try:
+        try:
+            main()
+        finally:
+            for bar in list(_bars):
+                bar.close()
+    except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        print(f"Stopped. {goes_on}")
+        sys.exit(130)
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Too little memory, of the GPU or the machine, becomes one ValueError that ends in `remedy`.
+
+    Also a decorator: of each script's main.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_memory(error):
+            raise
+        amount = re.search(r" to allocate [\d.]+ \w+", str(error))
+        raise ValueError(f"too little memory{amount[0] if amount else ''}; {remedy}.") from None
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep others out of `folder`, made if need be; the lock ends with this process, however it ends.
+
+    Where the system or the disk has no locks, a warning is all. Raises ValueError, in one sentence, if
+    another process holds the lock, OSError if the folder cannot be written.
+    """
+    folder = Path(folder)
+    check_output(folder / ".lock")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl  # not on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work in {folder}; wait, or choose another.") from None
+        except (ImportError, OSError) as error:
+            print(f"!! {folder} cannot be locked: start no second job there ({error}).")
+        yield
+
+
+def write_file(path: str | Path, write: Callable) -> None:
+    """Call `write(file)` on a temporary file beside `path`, then rename it: `path` is never half-written.
+
+    A link stays a link, what it points to is replaced. Raises OSError in one sentence if that fails (no space
+    left, no permission); an older `path` then stays.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename, in case the power fails
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise OSError(f"cannot write {path}; free some space or choose another place ({error}).") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output(path: str | Path) -> None:
+    """Raise OSError, saying why, if `write_file(path, ...)` cannot work; to be called before the work."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is a folder or a device; name a file to write.")
+    there = next(parent for parent in path.parents if parent.exists())
+    try:  # permissions alone would not tell of a read-only or full disk, or of too long a name
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=there) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise OSError(f"cannot write {path}; choose another place ({error.strerror}).") from None
+
+
+@contextmanager
+def reading(path: str | Path, kind: str) -> Iterator[None]:
+    """Whatever is raised while `path` is read becomes a ValueError: it is damaged or no `kind`.
+
+    Only too little memory is not the file's fault and goes on as it is.
+    """
+    try:
+        yield
+    except Exception as error:  # damaged files make the libraries raise exceptions of every class
+        if _is_memory(error):
+            raise
+        reason, lines = type(error).__name__, str(error).strip().splitlines()
+        if lines and not isinstance(error, pickle.PickleError):  # whose advice is to let the file run code
+            reason += f": {lines[-1].strip()[:200].rstrip('.')}"
+        raise ValueError(f"{path} is damaged or no {kind}; get it or write it again ({reason}).") from None
+
+
+class Foreign:
+    """Stands in for an object beside the weights whose class torch does not trust; nothing of it is kept."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+def read_weights(path: str | Path) -> dict:
+    """The dictionary that torch.save wrote to `path`, on the CPU, memory-mapped; nothing in it can run code.
+
+    Raises FileNotFoundError, or ValueError if the file is damaged or holds something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    with reading(path, "file of weights"):
+        zipped = zipfile.is_zipfile(path)  # all but files from before torch 1.6
+        # Other people's files hold numpy scalars, paths or settings of their own beside the weights. Instead
+        # of trusting those classes we put an empty one in their place. torch 2.5 cannot: it refuses the file.
+        unsafe = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: [])
+        foreign = [(Foreign, name) for name in (unsafe(path) if zipped else [])]
+        known = [argparse.Namespace]  # in LlamaGen's training files
+        with torch.serialization.safe_globals([*foreign, *known]):
+            content = torch.load(path, map_location="cpu", weights_only=True,
+                                 mmap=zipped and os.name != "nt")  # Windows cannot replace a mapped file
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
+    return content
+
+
+def find_weights(content: dict, known: str) -> dict:
+    """The state dict in a file's `content` that has a weight called `known`; {} if there is none.
+
+    It is `content` itself or below one of the usual names. What stands before all names is taken off, such as
+    "module." (several GPUs) and "_orig_mod." (torch.compile).
+    """
+    for state in (*map(content.get, ("model", "module", "state_dict", "ema")), content):
+        for name in state if isinstance(state, dict) else ():
+            if str(name).endswith(known):
+                before = name.removesuffix(known)
+                return {name.removeprefix(before): weight for name, weight in state.items()}
+    return {}
+
+
+def check_finite(path: str | Path, weights: dict) -> None:
+    """Raise ValueError unless `weights`, read from `path`, are {name: tensor of finite numbers}."""
+    with reading(path, "file of weights"):
+        for name, value in weights.items():
+            if not (torch.is_tensor(value) and value.is_floating_point() and value.float().isfinite().all()):
+                raise ValueError(f"{name} holds nan, inf or no floats; did its training diverge?")
+
+
+def shipped(path: str | Path) -> Path:
+    """`path` if it exists, else the same path below the folder of the scripts if that exists."""
+    beside = Path(__file__).parent / path
+    return beside if beside.exists() and not Path(path).exists() else Path(path)
+
+
+def download(url: str, path: str | Path, size: int, digest: str) -> None:
+    """Download `url`, `size` bytes, to `path`; nothing happens if `path` exists.
+
+    `digest` is a name in hashlib and the checksum: "md5:90ab...". Raises ValueError if the server is silent
+    for 15 seconds or sends something else, OSError if `path` cannot be written.
+    """
+    name, _, expected = digest.partition(":")
+    checksum, received = hashlib.new(name), 0
+
+    def chunks():
+        try:
+            with urllib.request.urlopen(url, timeout=15) as response:
+                while chunk := response.read(1 << 20):
+                    yield chunk
+        except OSError as error:  # of the network: an error of the disk is not raised in here
+            raise ValueError(f"{url} cannot be fetched ({error}).") from None
+
+    def receive(file):
+        nonlocal received
+        with progress(desc=f"downloading {Path(path).name}", total=size, unit="B", unit_scale=True) as bar:
+            for chunk in chunks():
+                file.write(chunk)
+                checksum.update(chunk)
+                received += len(chunk)
+                bar.update(len(chunk))
+        if received != size or checksum.hexdigest() != expected:
+            raise ValueError(f"{url} sent {received:,} bytes that are not the expected file.")
+
+    if not Path(path).exists():
+        write_file(path, receive)
+
+
+def digest(value) -> str:
+    """16 hex digits over a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def fingerprint(module: nn.Module) -> str:
+    """16 hex digits over the weights of a tokenizer or any other module."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if name != "quantize.codebook_used":  # a statistic of LlamaGen's training, no weight
+            sha.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command and its flags; what is impossible ends in argparse's SystemExit."""
-    both = argparse.ArgumentParser(add_help=False)
-    both.add_argument("--data", required=True, help="folder or zip of images, or: shapes")
-    both.add_argument("--subset", default="", help="file that lists the class folders to keep, one per line")
-    both.add_argument("--image-size", type=within(int, 1, 2048), default=32,
-                      help="side of the square crops, pixels")
-    both.add_argument("--skip-corrupt", action="store_true", help="leave bad images out, naming them")
-    both.add_argument("--device", default="", help="cpu, cuda or cuda:N; default: cuda if there is one")
+    """The flags; what is impossible ends in argparse's SystemExit."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", parents=[both], help="train a tokenizer")
-    train.add_argument("--out", required=True, help="tokenizer file to write")
-    train.add_argument("--steps", type=within(int, 1, 10 ** 9), default=1000, help="training steps")
-    train.add_argument("--batch", type=within(int, 1, 10 ** 5), default=32, help="images per step")
-    train.add_argument("--codes", type=within(int, 2, UNREADABLE), default=1024, help="codebook size")
-    train.add_argument("--seed", type=within(int, 0, 2 ** 63 - 1), default=0)
-    encode = commands.add_parser("encode", parents=[both], help="write a token cache")
-    encode.add_argument("--tokenizer", required=True, help="tokenizer file, ours or vq_ds16_c2i.pt")
-    encode.add_argument("--out", required=True, help="cache folder to write")
-    encode.add_argument("--crop-ratios", type=within(float, 1, 10), nargs="*", default=[1.1],
-                        help="ten crops for each of these enlargements; none: the centre crop alone")
-    encode.add_argument("--split", choices=["train", "val"], default="train", help="which images to encode")
+    add = parser.add_argument
+    add("command", choices=["train"], help="train a tokenizer")
+    add("--data", required=True, help="folder or zip of images, or: shapes")
+    add("--subset", default="", help="file that lists the class folders to keep, one per line")
+    add("--image-size", type=within(int, 1, 2048), default=32, help="side of the square crops, pixels")
+    add("--out", required=True, help="tokenizer file to write")
+    add("--steps", type=within(int, 1, 10 ** 9), default=1000, help="training steps")
+    add("--batch", type=within(int, 1, 10 ** 5), default=32, help="images per step")
+    add("--codes", type=within(int, 2, UNREADABLE), default=1024, help="codebook size")
+    add("--seed", type=within(int, 0, 2 ** 63 - 1), default=0)
+    add("--device", default="", help="cpu, cuda or cuda:N; default: cuda if there is one")
     return parser.parse_args(argv)
 
 
-@enough_memory("lower --image-size, or --batch in training")
+@enough_memory("lower --image-size or --batch")
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; None: this process's own. Raises ValueError or OSError for a user's mistake."""
     args = parse_arguments(argv)
-    device, first = choose_device(args.device), rank_and_world()[0] == 0
-    if args.command == "train":
-        if not first:
-            return  # under torchrun one process trains
-        check_output(args.out)
-        if Path(args.out).resolve() in (Path(args.data).resolve(), Path(args.subset).resolve()):
-            raise ValueError(f"{args.out} is an input and would be overwritten; choose another name.")
-        images = open_images(args.data, "train", args.subset)
-        print(images.summary)
-        config = replace(VQ_DS4, codebook_size=args.codes)
-        vq = train_tokenizer(images, args.image_size, config, args.steps, args.batch, seed=args.seed,
-                             device=device, skip_corrupt=args.skip_corrupt)
-        save_tokenizer(args.out, vq)
-        print_quality(args.out, vq, args)
-        return
-    vq, images = load_tokenizer(args.tokenizer, device), open_images(args.data, args.split, args.subset)
-    if first:
-        print(images.summary)
-    build_cache(args.out, images, vq, args.image_size, tuple(args.crop_ratios), args.skip_corrupt)
-    if first:
-        N, V, T = load_cache(args.out).tokens.shape
-        print(f"{args.out}: {N:,} images x {V} views x {T} codes")
+    if rank_and_world()[0] > 0:
+        return  # under torchrun one process trains
+    device = choose_device(args.device)
+    check_output(args.out)
+    if Path(args.out).resolve() in (Path(args.data).resolve(), Path(args.subset).resolve()):
+        raise ValueError(f"{args.out} is an input and would be overwritten; choose another name.")
+    images, held_out = (open_images(args.data, split, args.subset) for split in ("train", "val"))
+    print(images.summary)
+    config = replace(VQ_DS4, codebook_size=args.codes)
+    vq = train_tokenizer(images, args.image_size, config, args.steps, args.batch, seed=args.seed,
+                         device=device)
+    save_tokenizer(args.out, vq)
+    print_quality(args.out, vq, held_out, args.image_size)
 
 
 if __name__ == "__main__":
-    run_script(main, "The same command goes on with an encoding; a tokenizer in training is lost.")
+    run_script(main, "A tokenizer in training is lost; the same command starts again.")

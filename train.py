@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import Field, asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -37,7 +38,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import losses
 import sample
@@ -64,7 +64,6 @@ class Config:
     image_size: Annotated[int, 8, 4096] = 32  # side of the square crops, pixels
     crop_ratios: Annotated[float, 1, 10] = (1.1,)  # the image enlarged by each gives ten crops, the views
     cache: str = "cache"  # folder for tokenizers and token caches
-    skip_corrupt: bool = False  # leave unreadable images out, naming them
     # model
     model: str = "tiny"  # a row of model.SIZES
     dropout: Annotated[float, 0, 0.9] = 0.1  # LlamaGen: of tokens, attention and feed-forward outputs
@@ -380,7 +379,7 @@ def resumed_config(config: Config, given: dict, checkpoint: dict) -> Config:
     if begun.keys() != kinds.keys() or not all(isinstance(begun[name], kinds[name]) for name in kinds):
         raise ValueError(f"{folder} was begun by another version of train.py; go on with that.")
     saved = replace(Config(**begun), name=config.name, device=config.device, compile=config.compile)
-    may_change = {"data", "subset", "tokenizer", "cache", "skip_corrupt", "log_every"}
+    may_change = {"data", "subset", "tokenizer", "cache", "log_every"}
     for name in given.keys() - may_change:
         if getattr(saved, name) != given[name]:
             raise ValueError(f"{folder} has {name} = {getattr(saved, name)}, not {given[name]}; choose "
@@ -409,6 +408,66 @@ def check_data(config: Config, cache: tokenizer.TokenCache, checkpoint: dict) ->
                          f"{', '.join(others)}); name its images with --data.")
 
 
+def load_state(path: str | Path, part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
+    """Give `part`, a module or an AdamW, the `state` read from `path`; ValueError if it does not fit."""
+    with tokenizer.reading(path, f"file for this {type(part).__name__}"):
+        if isinstance(part, nn.Module):
+            part.load_state_dict(state)
+            return
+        part.load_state_dict(part.state_dict() | {"state": state["state"]})  # its settings stay
+        trained = [p for group in part.param_groups for p in group["params"]]
+        for p in trained if part.state else []:  # empty before the first step; torch compares nothing of it
+            shapes = {name: value.shape for name, value in part.state[p].items()}
+            if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+                raise ValueError("an optimizer state of another structure")
+
+
+class Prepared(NamedTuple):
+    """What `prepare` found or made."""
+    data: str  # the images: a folder, a zip, or "shapes"
+    subset: str  # the list of their classes to keep, or ""
+    tokenizer: str  # file
+    suffix: str  # of the run's name: "-shapes" where they stand in for Tiny ImageNet, else ""
+    vq: tokenizer.VQModel
+    train: tokenizer.TokenCache  # all crops of the training images
+    held_out: tokenizer.TokenCache  # centre crops alone
+
+
+def prepare(settings, device: torch.device, store) -> Prepared:
+    """From image set to token caches, as train.py needs them; `settings` has the fields of its Config.
+
+    Rank 0 finds the images and trains the tokenizer if there is none; all processes encode. They agree
+    through `store`, in which a key can be waited for without limit.
+    Raises ValueError or OSError, in one sentence, for data that cannot be used.
+    """
+    rank = tokenizer.rank_and_world()[0]
+
+    def from_first(key, make):  # what rank 0 makes, for all processes
+        if rank == 0:
+            store.set(key, json.dumps(make()))
+        store.wait([key], timedelta(days=30))
+        return json.loads(store.get(key))
+
+    def find():
+        data = tokenizer.find_images(settings.data)
+        stand_in = data == "shapes" != settings.data
+        subset = "" if stand_in else settings.subset
+        images = tokenizer.open_images(data, "train", subset)
+        print(images.summary)
+        path = str(tokenizer.find_tokenizer(settings, images, device))
+        return data, subset, path, "-shapes" if stand_in else ""
+
+    data, subset, path, suffix = from_first("found", find)
+    vq = tokenizer.load_tokenizer(path, device)
+    images, held_out = (tokenizer.open_images(data, split, subset) for split in ("train", "val"))
+    size = settings.image_size
+    if rank == 0 and settings.tokenizer in ("shipped", "train"):
+        tokenizer.print_quality(path, vq, held_out, size)
+    train = tokenizer.token_cache(images, vq, size, settings.crop_ratios, settings.cache)
+    return Prepared(data, subset, path, suffix, vq, train,
+                    tokenizer.token_cache(held_out, vq, size, (), settings.cache))
+
+
 def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
     """Everything before the first step, from data to models; also joins the processes.
 
@@ -429,7 +488,7 @@ def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
     check_config(config, world)
     if config.init and not resume:
         init = sample.load_model(config.init, image_size=config.image_size)[0]
-    found = tokenizer.prepare(config, device, store)
+    found = prepare(config, device, store)
     cache = found.train
     config = replace(config, data=found.data, subset=found.subset, tokenizer=found.tokenizer,
                      name=config.name + found.suffix * (not resume))
@@ -451,7 +510,7 @@ def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
     if resume:
         for part, name in ((student, "model"), (objective.teacher, "ema"),
                            (objective.projector, "projector"), (optimizer, "optimizer")):
-            tokenizer.load_state(config.folder / "checkpoint.pt", part, checkpoint[name])
+            load_state(config.folder / "checkpoint.pt", part, checkpoint[name])
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -580,7 +639,7 @@ def open_folder(run: Run) -> None:
         if sum(p.numel() for p in run.vq.parameters()) < 5e6:  # so that a run that is moved still samples
             tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)
             sample.save_reconstructions(folder / "reconstructions.png", run.vq, run.config.data,
-                                        run.config.subset, run.config.image_size, run.config.skip_corrupt)
+                                        run.config.subset, run.config.image_size)
         save(run, 0)
     tokenizer.write_file(metrics, lambda file: file.write("".join(kept).encode()))
     settings = json.dumps(asdict(run.config), indent=1).encode()
@@ -608,7 +667,7 @@ def train(run: Run, caught: list[int]) -> None:
     if run.rank == 0:
         open_folder(run)
     tokens_per_step = config.batch * config.views * run.cache.tokens.shape[2]
-    bar = tqdm(batches(run), config.name, run.steps, initial=run.start, disable=run.rank != 0)
+    bar = tokenizer.progress(batches(run), config.name, run.steps, initial=run.start)
     history = []  # what the steps since the last line logged
     done, stop = run.start, False
     for batch in bar:
@@ -634,7 +693,8 @@ def train(run: Run, caught: list[int]) -> None:
             if not math.isfinite(line["val_nll"]):
                 raise diverged(run, f"the held-out loss after step {done}")
         if run.rank == 0:
-            bar.set_postfix_str(f"ar {line['loss_ar']:.3f}, {line.get('tokens_per_second', 0):,.0f} tokens/s")
+            speed = line.get("tokens_per_second", 0)
+            bar.set_postfix_str(f"ar {line['loss_ar']:.3f}, {speed:,.0f} tokens/s", refresh=False)
             with open(config.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
             if due:
