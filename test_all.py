@@ -980,6 +980,17 @@ def test_mim_loss(seed=0):
     close("L_MIM of two sets of features", losses.mim_loss(h, other), sum(expected) / 10)
 
 
+def test_projector(seed=0):
+    """Eq. 5: twice a linear layer, normalised over the width, through SiLU; then a last linear layer."""
+    f, expected = losses.projector(6), numbers(seed, 3, 6)
+    *linears, last = (part for part in f if isinstance(part, torch.nn.Linear))
+    for linear in linears:
+        h = linear(expected)
+        h = (h - h.mean(-1, keepdim=True)) / h.std(-1, keepdim=True, unbiased=False)
+        expected = h * h.sigmoid()
+    close("z = f(h)", f(numbers(seed, 3, 6)), last(expected), 1e-3)
+
+
 def nce_by_hand(anchor, targets, positive, temperature):
     """-log softmax of one anchor over its candidates, in plain Python numbers."""
     scores = [F.cosine_similarity(anchor, target, dim=0).item() / temperature for target in targets]
