@@ -384,10 +384,9 @@ class Crops:
 
     def __init__(self, images: ImageSet, size: int, seed: int, device):
         self.rng, self.size, self.side = np.random.default_rng(seed), size, int(size * 1.1)
-        chosen = self.rng.permutation(len(images))[:100_000]
-        parts = np.array_split(chosen, len(chosen) // 1000 + 1)
-        pixels = [p for rows in progress(parts, "reading images", leave=False)
-                  for p in read_pixels(images, rows, lambda image: np.asarray(center_crop(image, self.side)))]
+        chosen, pixels = self.rng.permutation(len(images))[:100_000], []
+        for rows in progress(np.array_split(chosen, len(chosen) // 1000 + 1), "reading images", leave=False):
+            pixels += read_pixels(images, rows, lambda image: np.asarray(center_crop(image, self.side)))
         tell_unreadable(images)
         kept = [i for i, p in enumerate(pixels) if p is not None]
         self.pixels = torch.from_numpy(np.stack([pixels[i] for i in kept])).to(device)  # (N, side, side, 3)
@@ -455,20 +454,17 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_DS4, step
     return vq.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def evaluate_tokenizer(vq: VQModel, pixels: torch.Tensor) -> dict[str, float]:
     """On uint8 (N, S, S, 3): PSNR in dB, averaged over images; share of codes used; perplexity exp(H)."""
-    device = next(vq.parameters()).device
-    psnr, counts = 0.0, torch.zeros(vq.config.codebook_size)
-    for chunk in pixels.split(min(100, max(AT_A_TIME // pixels.shape[1] ** 2, 1))):
-        x = to_float(chunk.to(device))
-        codes = vq.encode(x)
-        error = ((vq.decode(codes).clamp(-1, 1) - x) / 2).square().flatten(1).mean(1)  # (B,); in [0, 1]
-        psnr += -10 * error.log10().sum().item()
-        counts += torch.bincount(codes.flatten(), minlength=len(counts)).cpu()
+    def mean_squares(x):  # (B, 3, S, S) -> (B,), of errors in [0, 1]
+        return ((vq.decode(vq.encode(x)).clamp(-1, 1) - x) / 2).square().flatten(1).mean(1)
+
+    psnr = -10 * in_pieces(vq, pixels, mean_squares).log10()  # (N,)
+    counts = torch.bincount(encode_pixels(vq, pixels).flatten(), minlength=vq.config.codebook_size)
     p = counts / counts.sum()
-    return {"psnr": psnr / len(pixels), "usage": (counts > 0).float().mean().item(),
-            "perplexity": torch.exp(-(p * p.clamp_min(1e-12).log()).sum()).item()}
+    entropy = -torch.xlogy(p, p).sum()  # nats
+    return {"psnr": psnr.mean().item(), "usage": (p > 0).float().mean().item(),
+            "perplexity": entropy.exp().item()}
 
 
 def held_out_pixels(images: ImageSet, size: int, count: int) -> torch.Tensor:
@@ -580,13 +576,12 @@ def open_images(source: str | Path, split: str = "train", subset: str | Path = "
 
     folders = sorted(set(training.values()))
     if unknown := sorted(set(validation.values()) - set(folders)):
-        raise ValueError(f"{source} has validation images of class {unknown[0]!r} but no others.")
+        raise ValueError(f"{source} has validation images of class {unknown[0]!r}, but no training images of "
+                         "it; name both alike, or move the validation images away.")
     chosen = training if split == "train" else validation
     names = sorted(chosen)
     titles = {row[0]: row[1].split(",")[0] for row in table("words.txt")}
     classes = [titles.get(folder) or folder for folder in folders]
-    if strange := [name for name in classes if not name.isprintable()]:
-        raise ValueError(f"{source} has a class named {strange[0]!r}, which cannot be printed; rename it.")
     number = {folder: i for i, folder in enumerate(folders)}
     labels = np.array([number[chosen[name]] for name in names], dtype=np.int64)
     others = len(files.keys() - training.keys() - validation.keys())
@@ -603,52 +598,54 @@ def is_image(name: str) -> bool:
 
 
 def _by_class(source, images: list[str], annotations: dict[str, str]) -> tuple[dict, dict]:
-    """{image name: class folder} of the training images, and of the validation images if there are any.
+    """{image: class folder} of the training images, and of the validation images if there are any.
 
     Raises ValueError where a split would be taken for a class, or where validation images would be passed
     over in silence because they do not lie in class folders.
     """
-    tops = {name.partition("/")[0] for name in images if "/" in name}
+    tops = {}  # {folder: the images below it}
+    for name in images:
+        if "/" in name:
+            tops.setdefault(name.partition("/")[0], []).append(name)
+    splits = {top.lower(): top for top in tops}  # how val is spelt here: val, Val, VAL
 
-    def below(split):  # {image: the folders below <split>/, and its own name}
-        return {name: name.split("/")[1:] for name in images if name.lower().startswith(split + "/")}
+    def by_class(split):
+        found = {}
+        for name in tops.get(split, []):
+            folders = name.split("/")[1:-1]
+            if len(folders) > 1 and folders[0] == "images":  # around the class folders
+                folders = folders[1:]
+            if folders:
+                found[name] = folders[0]
+        return found
 
-    def by_folder(inside):  # {image: class folder}; images/ may stand around the classes
-        around = all(len(parts) > 2 and parts[0] == "images" for parts in inside.values())
-        return {name: parts[around] for name, parts in inside.items() if len(parts) > 1}
-
-    training = by_folder(below("train")) or by_folder(below("training"))
-    if not training:
-        splits = [top for top in sorted(tops)
-                  if {"train", "training", *VALIDATION} & set(re.split("[^a-z]+", top.lower()))]
-        if 2 * len(splits) > len(tops) > 0 or {top.lower() for top in tops} & {*VALIDATION}:
-            raise ValueError(f"{source} has {' and '.join(splits)} where class folders are expected; lay the "
+    training = by_class(splits.get("train")) or by_class(splits.get("training"))
+    if not training:  # plain class folders
+        words = {"train", "training", *VALIDATION}
+        alike = [top for top in sorted(tops) if words & set(re.split("[^a-z]+", top.lower()))]
+        if 2 * len(alike) > len(tops) or splits.keys() & {*VALIDATION}:
+            raise ValueError(f"{source} has {' and '.join(alike)} where class folders are expected; lay the "
                              "images out as train/<class>/*.jpg and val/<class>/*.jpg, or as <class>/*.jpg.")
-        return {name: name.partition("/")[0] for name in images if "/" in name}, {}
+        return {name: top for top, names in tops.items() for name in names}, {}
     if annotated := annotations.keys() & set(images):  # else somebody has sorted them into folders
         if missing := sorted(annotations.keys() - annotated):
             raise ValueError(f"{source} lists {missing[0]!r} in its annotations but does not hold it.")
         return training, annotations
-    present = {top.lower(): top for top in tops}
-    for split in VALIDATION:
-        inside = below(split) if split in present else {}
-        if flat := sum(len(parts) == 1 for parts in inside.values()):
-            folder = present[split]
-            raise ValueError(f"{source} has {flat:,} images directly in {folder}/, outside of class folders; "
-                             f"sort them into {folder}/<class>/, or move {folder}/ away and a tenth of the "
-                             "training images is held out instead.")
-        held_out = by_folder(inside)
-        unlabelled = split.startswith("test") and not set(held_out.values()) <= set(training.values())
-        if held_out and not unlabelled:
-            return training, held_out
+    for top in filter(None, map(splits.get, VALIDATION)):
+        validation = by_class(top)
+        if flat := len(tops[top]) - len(validation):
+            raise ValueError(f"{source} has {flat:,} images in {top}/ outside of class folders; sort them "
+                             f"into {top}/<class>/, or move {top}/ away: a tenth of the training images is "
+                             "then held out.")
+        return training, validation
     return training, {}
 
 
-def _read_subset(path: str | Path, folders: set[str], source: str | Path) -> set[str]:
+def _read_subset(path: Path, folders: set[str], source: str | Path) -> set[str]:
     """The class folders that a text file lists, all of them among `folders`."""
-    if not Path(path).is_file():
+    if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; --subset takes a list of class folders.")
-    text = Path(path).read_text("utf-8-sig", "replace")  # some editors begin a file with an invisible mark
+    text = path.read_text("utf-8-sig", "replace")  # some editors begin a file with an invisible mark
     kept = {line.strip() for line in text.splitlines()} - {""}
     if not kept:
         raise ValueError(f"the subset {path} lists no class folder.")
@@ -664,39 +661,32 @@ def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[
     hidden files and __MACOSX are left out altogether.
     Raises FileNotFoundError, OSError or ValueError, as does the function, for what cannot be read.
     """
+    def fail(error):  # os.walk would pass over a folder that it may not read
+        raise error
+
+    files = {}
     if path.is_dir():
-        found, get = _walk(path), lambda name: (path / name).read_bytes()
+        for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
+            folders[:] = [name for name in folders if not _hidden(name)]  # the others are not entered
+            for name in names:
+                if not _hidden(name):
+                    full = os.path.join(folder, name)
+                    files[os.path.relpath(full, path).replace(os.sep, "/")] = os.path.getsize(full), None
     elif path.is_file():
         with reading(path, "folder or whole zip"):
             archive = zipfile.ZipFile(path)
-        found = {info.filename: (info.file_size, info.CRC) for info in archive.infolist()
-                 if not info.is_dir() and not _hidden(info.filename)}
-
-        def get(name):
-            with reading(f"{path}/{name}", "entry of a zip that can be read"):
-                return archive.read(name)
+        for info in archive.infolist():
+            if not info.is_dir() and not _hidden(info.filename):
+                files[info.filename] = info.file_size, info.CRC
     else:
         raise FileNotFoundError(f"{path} does not exist (folder or file); write a folder, a zip, or: shapes.")
-    top = _top_folder([name for name in found if is_image(name)])
-    files = {name[len(top):]: mark for name, mark in found.items() if name.startswith(top)}
-    return files, lambda name: get(top + name)
+    top = _top_folder([name for name in files if is_image(name)])
 
+    def read(name):
+        with reading(f"{path}/{name}", "file that can be read"):
+            return archive.read(top + name) if path.is_file() else (path / (top + name)).read_bytes()
 
-def _walk(root: Path) -> dict[str, tuple[int, None]]:
-    """`list_files` of a folder, links followed."""
-    def fail(error):
-        raise OSError(f"cannot read the folder {error.filename}; mend or remove it ({error.strerror}).")
-
-    files = {}
-    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not _hidden(name)]
-        for name in names:
-            full = os.path.join(folder, name)
-            if os.path.isfile(full) and not _hidden(name):
-                files[os.path.relpath(full, root).replace(os.sep, "/")] = os.path.getsize(full), None
-            elif is_image(name) and not _hidden(name):
-                raise ValueError(f"{full} is a broken link or no regular file; remove it.")
-    return files
+    return {name[len(top):]: mark for name, mark in files.items() if name.startswith(top)}, read
 
 
 def _hidden(name: str) -> bool:
@@ -821,7 +811,7 @@ def ten_crops(image: Image.Image, size: int, ratio: float) -> np.ndarray:
     return np.stack([p[y:y + size, x:x + size] for p in (pixels, pixels[:, ::-1]) for y, x in corners])
 
 
-def views(image: Image.Image, size: int, ratios: tuple[float, ...]) -> np.ndarray:
+def all_crops(image: Image.Image, size: int, ratios: tuple[float, ...]) -> np.ndarray:
     """uint8 (V, S, S, 3): ten crops for each of `ratios`; the centre crop alone if there are none."""
     if not ratios:
         return np.asarray(center_crop(image, size))[None]
@@ -923,27 +913,28 @@ def token_cache(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, .
     check_image_size(size, vq.config)
     if vq.config.codebook_size > UNREADABLE:
         raise ValueError(f"the cache stores codes in 16 bits; {vq.config.codebook_size} codes do not fit.")
-    meta, rank = cache_meta(images, vq, size, ratios), rank_and_world()[0]
+    meta, N, (rank, world) = cache_meta(images, vq, size, ratios), len(images), rank_and_world()
     folder = Path(root) / f"{len(images.classes)}-classes-{images.split}-{size}px-{digest(meta)[:8]}"
-    try:
-        if not (folder / "meta.json").exists():
-            _encode(folder, images, vq, size, ratios)
-        while not (folder / "meta.json").exists():
-            if rank == 0:
-                _join(folder, images, meta)
-            time.sleep(0.1)
-    except OSError:
-        if not (folder / "meta.json").exists():
-            raise  # else another job has joined the parts and deleted them meanwhile
-    if rank == 0:  # also those of another job, which came second
-        shutil.rmtree(folder / "parts", ignore_errors=True)
-    with reading(folder, "token cache of these images (delete it and it is encoded again)"):
-        found = json.loads((folder / "meta.json").read_text())
-        if others := [key for key in meta if found[key] != meta[key]]:
-            raise ValueError(f"{others[0]} is {str(found[others[0]])[:80]}")
+    finished, parts = folder / "meta.json", folder / "parts"
+    if not finished.exists():
+        files = {range(start, min(start + CHUNK, N)): parts / f"{start:09d}.npy"
+                 for start in range(0, N, CHUNK)}
+        try:
+            _encode(dict([*files.items()][rank::world]), images, vq, size, ratios)
+            while not finished.exists():
+                if rank == 0 and all(file.exists() for file in files.values()):
+                    _join(folder, files, images, meta)
+                time.sleep(0.1)
+        except OSError:
+            if not finished.exists():
+                raise  # else another job has joined the parts and deleted them meanwhile
+    if rank == 0:
+        shutil.rmtree(parts, ignore_errors=True)
+    with reading(folder, "token cache of these images (delete it, and it is encoded again)"):
         tokens, labels = np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "labels.npy")
-        if (list(tokens.shape), tokens.dtype, labels.shape) != (meta["shape"], np.uint16, tokens.shape[:1]):
-            raise ValueError(f"tokens of shape {tokens.shape}, labels of shape {labels.shape}")
+        if (list(tokens.shape), tokens.dtype, labels.shape) != (meta["shape"], np.uint16, (N,)):
+            raise ValueError(f"tokens.npy is {tokens.dtype} {tokens.shape}, labels.npy {labels.shape}, not "
+                             f"{meta['shape']}")
     bad = np.flatnonzero(labels < 0)
     if rank == 0 and len(bad):
         print(f"!! {len(bad):,} {images.split} images are left out of {folder}, since they could not be "
@@ -951,53 +942,45 @@ def token_cache(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, .
     return TokenCache(tokens, labels, meta)
 
 
-def _parts(folder: Path, images: ImageSet) -> list[tuple[range, Path]]:
-    """The rows of images in each part file, and the file."""
-    return [(range(start, min(start + CHUNK, len(images))), folder / "parts" / f"{start:09d}.npy")
-            for start in range(0, len(images), CHUNK)]
-
-
-def _encode(folder: Path, images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, ...]) -> None:
-    """Write this process's share of the part files that are missing."""
-    rank, world = rank_and_world()
+def _encode(parts: dict[range, Path], images: ImageSet, vq: VQModel, size: int,
+            ratios: tuple[float, ...]) -> None:
+    """Write those of `parts`, {rows of `images`: file}, that are missing."""
     blank = np.zeros((max(10 * len(ratios), 1), size, size, 3), np.uint8)  # (V, S, S, 3)
-    count = min(max(READ_AHEAD // blank.nbytes, 1), CHUNK)  # images at a time
-    missing = [(rows, part) for rows, part in _parts(folder, images)[rank::world] if not part.exists()]
-    groups = [(rows[i:i + count], part) for rows, part in missing for i in range(0, len(rows), count)]
-    crops = read_ahead(read_pixels(images, group, lambda image: views(image, size, ratios))
-                       for group, _ in groups)
-    total, name = sum(len(rows) for rows, _ in missing), Path(images.source).name
-    codes = []
-    with progress(desc=f"encoding {name} {images.split}", total=total, unit="image") as bar:
-        for (group, part), piece in zip(groups, crops):
-            pixels = np.concatenate([blank if image is None else image for image in piece])  # (B V, S, S, 3)
-            tokens = encode_pixels(vq, torch.from_numpy(pixels)).numpy().astype(np.uint16)
-            tokens = tokens.reshape(len(group), len(blank), -1)  # (B, V, T)
-            tokens[[image is None for image in piece]] = UNREADABLE
-            codes.append(tokens)
-            bar.update(len(group))
-            if group.stop % CHUNK == 0 or group.stop == len(images):  # the part is complete
-                whole, codes = np.concatenate(codes), []
-                write_file(part, lambda file: np.save(file, whole))
+    count = max(READ_AHEAD // blank.nbytes, 1)  # images at a time
+    missing = {rows: part for rows, part in parts.items() if not part.exists()}
+    groups = [(rows, rows[i:i + count]) for rows in missing for i in range(0, len(rows), count)]
+    crops = read_ahead(read_pixels(images, group, lambda image: all_crops(image, size, ratios))
+                       for _, group in groups)
+    bar = progress(desc=f"encoding {Path(images.source).name} {images.split}", unit="image",
+                   total=sum(map(len, missing)))
+    codes = []  # of the part that is being filled
+    for (rows, group), found in zip(groups, crops):
+        pixels = np.stack([blank if image is None else image for image in found])  # (B, V, S, S, 3)
+        tokens = encode_pixels(vq, torch.from_numpy(pixels).flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        tokens[[image is None for image in found]] = UNREADABLE
+        codes.append(tokens.numpy().astype(np.uint16))  # (B, V, T)
+        bar.update(len(group))
+        if group.stop == rows.stop:
+            whole, codes = np.concatenate(codes), []
+            write_file(missing[rows], lambda file: np.save(file, whole))
+    bar.close()
 
 
-def _join(folder: Path, images: ImageSet, meta: dict) -> None:
-    """Write tokens.npy, labels.npy and, last, meta.json, if all parts are there."""
-    parts, labels = _parts(folder, images), images.labels.copy()
-    if not all(part.exists() for _, part in parts):
-        return
+def _join(folder: Path, parts: dict[range, Path], images: ImageSet, meta: dict) -> None:
+    """Write tokens.npy, labels.npy and, last, meta.json."""
+    labels = images.labels.copy()
 
     def write(file):
         header = {"descr": "<u2", "fortran_order": False, "shape": tuple(meta["shape"])}
         np.lib.format.write_array_header_1_0(file, header)
-        for rows, part in parts:  # one at a time: memory does not grow with the number of images
+        for rows, part in parts.items():  # memory does not grow with the number of images
             codes = np.load(part)
             bad = codes[:, 0, 0] == UNREADABLE
             labels[rows.start:rows.stop][bad] = -1
             codes[bad] = 0
             file.write(codes.tobytes())
         if 100 * (labels < 0).sum() > len(labels):  # each process has only seen its own
-            raise ValueError(f"more than 1 % of the images for {folder} cannot be read; get them again, and "
+            raise ValueError(f"more than 1 % of the images for {folder} cannot be read; get them again and "
                              "delete that folder.")
 
     write_file(folder / "tokens.npy", write)
@@ -1019,14 +1002,12 @@ def choose_device(name: str = "") -> torch.device:
     Raises ValueError, in one sentence, if there is no such device or this torch cannot use it.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: write cpu, cuda or cuda:N. Apple's GPUs (mps) are untested here: "
+                         "their kernels differ; on a CPU the preset tiny takes some thirteen minutes.")
     if name == "cpu":
         return torch.device("cpu")
-    if name.startswith("mps"):
-        raise ValueError(f"--device {name}: Apple's GPUs are untested here, and their kernels differ; use "
-                         "cpu, on which the preset tiny takes some thirteen minutes.")
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (":" in name and not index.isdecimal()):
-        raise ValueError(f"--device {name}: write cpu, cuda or cuda:N.")
+    index = name.partition(":")[2]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index and rank_and_world()[1] > 1:
         raise ValueError(f"--device {name} puts all processes on one GPU; write cuda to give each its own.")
@@ -1260,7 +1241,7 @@ def download(url: str, path: str | Path, size: int, digest: str) -> None:
     for 15 seconds or sends something else, OSError if `path` cannot be written.
     """
     name, _, expected = digest.partition(":")
-    checksum, received = hashlib.new(name), 0
+    checksum = hashlib.new(name)
 
     def chunks():
         try:
@@ -1271,15 +1252,13 @@ def download(url: str, path: str | Path, size: int, digest: str) -> None:
             raise ValueError(f"{url} cannot be fetched ({error}).") from None
 
     def receive(file):
-        nonlocal received
         with progress(desc=f"downloading {Path(path).name}", total=size, unit="B", unit_scale=True) as bar:
             for chunk in chunks():
                 file.write(chunk)
                 checksum.update(chunk)
-                received += len(chunk)
                 bar.update(len(chunk))
-        if received != size or checksum.hexdigest() != expected:
-            raise ValueError(f"{url} sent {received:,} bytes that are not the expected file.")
+        if checksum.hexdigest() != expected:
+            raise ValueError(f"{url} sent {file.tell():,} bytes that are not the {size:,} expected ones.")
 
     if not Path(path).exists():
         write_file(path, receive)
@@ -1301,8 +1280,9 @@ def fingerprint(module: nn.Module) -> str:
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The flags; what is impossible ends in argparse's SystemExit."""
+@enough_memory("lower --image-size or --batch")
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; None: this process's own. Raises ValueError or OSError for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("command", choices=["train"], help="train a tokenizer")
@@ -1315,13 +1295,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--codes", type=within(int, 2, UNREADABLE), default=1024, help="codebook size")
     add("--seed", type=within(int, 0, 2 ** 63 - 1), default=0)
     add("--device", default="", help="cpu, cuda or cuda:N; default: cuda if there is one")
-    return parser.parse_args(argv)
-
-
-@enough_memory("lower --image-size or --batch")
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line; None: this process's own. Raises ValueError or OSError for a user's mistake."""
-    args = parse_arguments(argv)
+    args = parser.parse_args(argv)
     if rank_and_world()[0] > 0:
         return  # under torchrun one process trains
     device = choose_device(args.device)
