@@ -25,6 +25,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ def measure(subject: Subject, args: argparse.Namespace) -> dict:
     """All numbers of one model, as probe.json keeps them. Asserts that the model did not move.
 
     args  train_images, crops, images and seed, see `parse_arguments`
-    Raises ValueError, in one sentence, if the images are too few for their classes.
+    Raises ValueError, in one sentence, if there are too few images.
     """
     model, train, held_out = subject.model, subject.train, subject.held_out
     before = tokenizer.fingerprint(model)
@@ -67,18 +68,16 @@ def measure(subject: Subject, args: argparse.Namespace) -> dict:
 
     # Linear probe: learned from crops of training images, tested on the centre crops of all held-out images.
     K, (_, V, T) = len(train.meta["classes"]), train.tokens.shape
-    rows, test_rows = choose(train, args.train_images, args.seed, K), choose(held_out, 0, args.seed, K)
+    rows, test_rows = choose(train, args.train_images, args.seed), choose(held_out, 0, args.seed)
     crops = np.random.default_rng(args.seed).random((len(rows), V)).argsort(1)[:, :args.crops]
-    tokens = train.tokens[rows[:, None], crops].reshape(-1, T)
+    features = extract(model, train.tokens[rows[:, None], crops].reshape(-1, T), subject.layers)
     images = torch.from_numpy(rows).repeat_interleave(crops.shape[1])  # the image that each crop is of
     labels = torch.from_numpy(train.labels)[images]
-    test_labels = torch.from_numpy(held_out.labels)[test_rows]
-    features = extract(model, tokens, subject.layers)
     test_features = extract(model, held_out.tokens[test_rows, 0], subject.layers)
+    test_labels = torch.from_numpy(held_out.labels)[test_rows]
     probed = linear_probe(features, labels, images, test_features, test_labels, K, model.output.weight.device)
-    steps = [*(p + 1 for p in eight_positions(T)), "mean"]
-    where = [{"layer": n, "step": step} for n in subject.layers for step in steps]
-    results["probe"] = [place | numbers for place, numbers in zip(where, probed)]
+    where = product(subject.layers, [*(p + 1 for p in eight_positions(T)), "mean"])
+    results["probe"] = [{"layer": n, "step": step} | numbers for (n, step), numbers in zip(where, probed)]
 
     # Attention: averaged over held-out images.
     rows = choose(held_out, args.images, args.seed)
@@ -97,15 +96,14 @@ def measure(subject: Subject, args: argparse.Namespace) -> dict:
     return results
 
 
-def choose(cache: tokenizer.TokenCache, count: int, seed: int, at_least: int = 2) -> np.ndarray:
+def choose(cache: tokenizer.TokenCache, count: int, seed: int) -> np.ndarray:
     """A fixed random subset of `count` readable images (0: all), int64 rows of the cache.
 
-    Raises ValueError, in one sentence, if there are fewer than `at_least`.
+    Raises ValueError, in one sentence, if there are fewer than two.
     """
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(cache.labels >= 0))[:count or None]
-    if len(rows) < at_least:
-        raise ValueError(f"{len(rows)} images of the {cache.meta['split']} split are too few: at least "
-                         f"{at_least} are needed for {len(cache.meta['classes'])} classes.")
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} images of the {cache.meta['split']} split are too few; take more.")
     return rows
 
 
@@ -117,7 +115,7 @@ def eight_positions(num_tokens: int) -> list[int]:
 
 
 def run_frozen(model: Transformer, tokens: np.ndarray, **wanted) -> Output:
-    """The hidden states or attention that are `wanted` of the model, for codes (B, T) under the null class."""
+    """What the model makes of codes (B, T) under the null class: the features or the attention `wanted`."""
     inputs = torch.from_numpy(tokens[:, :-1].astype(np.int64)).to(model.output.weight.device)
     null = torch.full_like(inputs[:, 0], model.config.num_classes)
     return model(inputs, null, head=False, **wanted)
@@ -194,7 +192,8 @@ def fit(features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, settin
 
 
 @torch.no_grad()
-def evaluate(probes: Probes, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def evaluate(probes: Probes, features: torch.Tensor,
+             labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How many of N images each probe gets right, and its cross-entropy summed over them: (G, H) each."""
     device, correct, total = probes.weight.device, 0, 0
     for x, target in zip(features.split(BATCH), labels.split(BATCH)):
@@ -323,24 +322,23 @@ BLUE = np.array([0, 114, 178])  # sample.COLOURS[0]
 
 
 def draw_probe(subjects: list[Subject], results: dict[str, dict]) -> dict[str, Image.Image]:
-    """Figures 1b and 4: accuracy by position at each model's depth, with 95 % bands; by layer if there are more."""
+    """Figures 1b and 4: accuracy by position at each model's depth, with 95 % bands; and a table by layer."""
     T, K = subjects[0].model.config.num_tokens, len(subjects[0].train.meta["classes"])
     steps = [p + 1 for p in eight_positions(T)]
     curves, bands, tables, widest = {}, {}, {}, 0
-    for name, depth, layers in ((one.name, one.depth, one.layers) for one in subjects):
-        probed = results[name]["probe"]
+    for subject in subjects:
+        probed = results[subject.name]["probe"]
         accuracy = 100 * np.reshape([r["accuracy"] for r in probed], (-1, 9))  # (L, eight positions and mean)
         half = 50 * np.reshape([np.ptp(r["interval"]) for r in probed], (-1, 9))
-        at = layers.index(depth)
-        curves[f"{name} (mean-pooled {accuracy[at, 8]:.1f})"] = list(zip(steps, accuracy[at]))
-        bands[f"{name} (mean-pooled {accuracy[at, 8]:.1f})"] = half[at, :8]
-        tables[name] = {f"layer {n}": line for n, line in zip(layers, accuracy)}
+        at = subject.layers.index(subject.depth)
+        legend = f"{subject.name} (mean-pooled {accuracy[at, 8]:.1f})"
+        curves[legend], bands[legend] = list(zip(steps, accuracy[at])), half[at, :8]
+        tables[subject.name] = {f"layer {n}": line for n, line in zip(subject.layers, accuracy)}
         widest = max(widest, half.max())
     curves["chance"] = [(s, 100 / K) for s in steps]
-    plot = sample.line_plot(curves, "bands: 95 %", f"step of {T}", "linear probe, top-1 %", bands)
     title = f"Linear probe, top-1 %, by layer and step, ±{widest:.1f}"
-    by_layer = {"layers": heat_map(tables, [*map(str, steps), "mean"], title)}
-    return {"probe": plot} | (by_layer if any(len(table) > 1 for table in tables.values()) else {})
+    return {"probe": sample.line_plot(curves, "bands: 95 %", f"step of {T}", "linear probe, top-1 %", bands),
+            "layers": heat_map(tables, [*map(str, steps), "mean"], title)}
 
 
 def draw_numbers(subjects: list[Subject], results: dict[str, dict]) -> dict[str, Image.Image]:
@@ -364,18 +362,20 @@ def draw_numbers(subjects: list[Subject], results: dict[str, dict]) -> dict[str,
 def draw_attention(subjects: list[Subject], rows: np.ndarray) -> Image.Image:
     """Figures 1a, 2, 5 and 7: where the current token looks, models side by side, by image and layer."""
     T, grid = subjects[0].model.config.num_tokens, subjects[0].model.config.grid
-    steps = [max(T * i // 4, 2) for i in range(1, 5)]  # counted from 1, which only sees the class
+    positions = [max(T * i // 4, 2) - 1 for i in range(1, 5)]  # position 0 sees the class alone
     cells, labels = [], []
     for row in rows.tolist():
-        pixels = tokenizer.center_crop(subjects[0].images.read(row), subjects[0].held_out.meta["image_size"])
+        image = tokenizer.center_crop(subjects[0].images.read(row), subjects[0].held_out.meta["image_size"])
         maps = [next(attention_maps(one.model, one.held_out.tokens[[row], 0]))[0] for one in subjects]
         for layers in zip(*(one.layers for one in subjects)):
-            seen = torch.stack([weights[n - 1, :, 1:] for weights, n in zip(maps, layers)])  # without the class
-            seen = F.pad(seen / seen.amax(-1, keepdim=True).clamp_min(1e-12), (0, 1))  # (models, T, T)
-            seen = seen.unflatten(-1, (grid, grid)).numpy()
-            cells.append([tinted(np.asarray(pixels), weights[s - 1], s - 2) for weights in seen for s in steps])
+            line = []
+            for (weights, n), p in product(zip(maps, layers), positions):
+                seen = weights[n - 1, p, 1:]  # (T - 1,), without the class
+                seen = F.pad(seen / seen.max().clamp_min(1e-12), (0, 1)).view(grid, grid)
+                line.append(tinted(np.asarray(image), seen.numpy(), p - 1))  # the token at p is the p-th
+            cells.append(line)
             labels.append("layer " + ", ".join(dict.fromkeys(map(str, layers))))
-    return montage(cells, labels, [one.name for one in subjects], [f"step {s}" for s in steps],
+    return montage(cells, labels, [one.name for one in subjects], [f"step {p + 1}" for p in positions],
                    "Attention of the current token (red)")
 
 
@@ -453,24 +453,26 @@ def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> 
     """
     trained = sample.open_trained(path, args.vq, args.ema, args.image_size, device)
     model, vq, config = trained.model, trained.vq, trained.config
-    depth = config.get("depth", model.config.n_layer // 2)
-    existing = range(1, model.config.n_layer + 1)
-    layers = existing if args.layers == ["all"] else [n for n in existing if str(n) in args.layers or n == depth]
-    if unknown := set(args.layers) - {"all", *map(str, existing)}:
-        raise ValueError(f"{path} has layers 1 ... {len(existing)}, or all; not {unknown.pop()}.")
+    depth, existing = config.get("depth", model.config.n_layer // 2), range(1, model.config.n_layer + 1)
+    layers = [n for n in existing if n == depth or str(n) in args.layers or args.layers == ["all"]]
+    if args.layers != ["all"] and (unknown := set(args.layers) - set(map(str, existing))):
+        raise ValueError(f"{trained.name} has layers 1 ... {len(existing)}, or all; not {unknown.pop()}.")
+
     data = config.get("data") if args.data is None else args.data
     subset = config.get("subset", "") if args.subset is None else args.subset
     if data is None:
         raise ValueError(f"{path} does not name its images; add --data.")
-    if args.data is None and not data:  # Tiny ImageNet, as train.py finds it; the built-in shapes are other classes
-        data = tokenizer.find_images("")
-        if data == "shapes":
-            raise ValueError(f"{path} was trained on Tiny ImageNet, which is not here; name it with --data.")
-
+    if data == "" and args.data is None:  # Tiny ImageNet, as for train.py, but no other images instead
+        data = tokenizer.TINY_IMAGENET[1]
+        try:
+            tokenizer.download(*tokenizer.TINY_IMAGENET)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} was trained on Tiny ImageNet; put it at {data}, or name it with "
+                             f"--data ({error}).") from None
     size, ratios = model.config.grid * vq.config.downsample, tuple(config.get("crop_ratios", (1.1,)))
     root = args.cache or config.get("cache", "cache")
     images = tokenizer.open_images(data, "train", subset)
-    for key, value in tokenizer.cache_meta(images, vq, size, ratios).items():  # where they lie is not among it
+    for key, value in tokenizer.cache_meta(images, vq, size, ratios).items():
         known = trained.data.get(key, value)
         if value != known:
             raise ValueError(f"{path} was trained with {key} {str(known)[:40]}; {data} has "
@@ -517,12 +519,11 @@ def main(argv: list[str] | None = None) -> None:
     device = tokenizer.choose_device(args.device)
     subjects = [open_subject(path, args, device) for path in args.runs]
     first = subjects[0]
-    for other in subjects[1:]:
-        if any(first.held_out.meta[key] != other.held_out.meta[key] for key in ("images", "image_size", "shape")):
-            a, b = (f"{one.name} knows images {one.held_out.meta['images']} of {one.images.source} at "
-                    f"{one.held_out.meta['image_size']} px in {one.model.config.num_tokens} tokens"
-                    for one in (first, other))
-            raise ValueError(f"{a}, {b}: probe them apart.")
+    for other, key in product(subjects[1:], ("images", "image_size", "shape")):
+        a, b = first.held_out.meta[key], other.held_out.meta[key]
+        if a != b:
+            raise ValueError(f"{first.name} and {other.name} differ in their {key}, {a} and {b}: probe them "
+                             "apart.")
     if len({subject.name for subject in subjects}) < len(subjects):
         raise ValueError("two runs have the same name; rename one folder for the legends.")
 
@@ -540,12 +541,9 @@ def main(argv: list[str] | None = None) -> None:
         sample.save_image(args.out / f"{name}.png", picture)
 
     for name, numbers in results.items():
-        print(f"{name}, {numbers['weights']} weights, layer {numbers['layer']}: position counted from 1, top-1 %, "
-              "95 % interval")
-        for r in numbers["probe"]:
-            if r["layer"] == numbers["layer"]:
-                low, high = (100 * end for end in r["interval"])
-                print(f"{r['step']:>6} {100 * r['accuracy']:5.1f}  {low:.1f} ... {high:.1f}")
+        shown = [f"{100 * r['accuracy']:.1f}" for r in numbers["probe"] if r["layer"] == numbers["layer"]]
+        print(f"{name}, {numbers['weights']} weights, layer {numbers['layer']}: linear probe, top-1 %, at eight "
+              f"positions {' '.join(shown[:8])}, mean-pooled {shown[8]}")
     print(f"{args.out}: probe.json and " + ", ".join(f"{name}.png" for name in pictures))
 
 
