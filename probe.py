@@ -467,8 +467,8 @@ def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> 
         try:
             tokenizer.download(*tokenizer.TINY_IMAGENET)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{path} was trained on Tiny ImageNet; put it at {data}, or name it with "
-                             f"--data ({error}).") from None
+            raise ValueError(f"{path} was trained on Tiny ImageNet: put it at {data}, or name it with --data; "
+                             f"{error}") from None
     size, ratios = model.config.grid * vq.config.downsample, tuple(config.get("crop_ratios", (1.1,)))
     root = args.cache or config.get("cache", "cache")
     images = tokenizer.open_images(data, "train", subset)
@@ -542,8 +542,8 @@ def main(argv: list[str] | None = None) -> None:
 
     for name, numbers in results.items():
         shown = [f"{100 * r['accuracy']:.1f}" for r in numbers["probe"] if r["layer"] == numbers["layer"]]
-        print(f"{name}, {numbers['weights']} weights, layer {numbers['layer']}: linear probe, top-1 %, at eight "
-              f"positions {' '.join(shown[:8])}, mean-pooled {shown[8]}")
+        print(f"{name}, {numbers['weights']} weights, layer {numbers['layer']}: linear probe, top-1 %, "
+              f"at eight positions {' '.join(shown[:8])}, mean-pooled {shown[8]}")
     print(f"{args.out}: probe.json and " + ", ".join(f"{name}.png" for name in pictures))
 
 
