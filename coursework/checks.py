@@ -1,0 +1,48 @@
+"""What grade.py asks of a function besides the project's tests: the form of its result, and a little more."""
+
+import torch
+
+import losses
+import test_all
+import train
+
+
+def form(value) -> str:
+    """What a value is, without its numbers: types, shapes, and whether a gradient reaches it."""
+    if isinstance(value, torch.Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"{kind} {tuple(value.shape)}" + ", with gradient" * value.requires_grad
+    if isinstance(value, tuple):
+        return "(" + "; ".join(map(form, value)) + ")"
+    if isinstance(value, dict):
+        return "{" + "; ".join(f"{key}: {form(value[key])}" for key in sorted(value)) + "}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def form_of_result(name: str) -> str:
+    """The form of what a function returns for an example; of update_ema, of the weights that it leaves."""
+    torch.manual_seed(0)
+    z, target = torch.randn(2, 3, 4, 6, requires_grad=True), torch.randn(2, 3, 8, 6)  # V K B C, V K B_all C
+    if name == "sample_key_mask":
+        return form(losses.sample_key_mask(3, 16, 0.25, torch.Generator().manual_seed(0)))
+    if name == "mim_loss":
+        return form(losses.mim_loss(z[0], target[0, :, :4]))
+    if name == "info_nce":
+        return form(losses.info_nce(z[0], target[0], 0.2))
+    if name in ("step_loss", "view_loss"):
+        return form(getattr(losses, name)(z, target, 0.2))
+    if name == "update_ema":
+        teacher = torch.nn.Linear(2, 3)
+        losses.update_ema(teacher, torch.nn.Linear(2, 3), 0.9)
+        return form(teacher.weight)
+    batch = train.draw_batch(test_all.a_config(), test_all.a_cache(), 0, 0, 1)
+    return form(test_all.an_objective(test_all.a_config())(*batch))
+
+
+def mask_is_the_generators(seed: int) -> None:
+    """The same generator gives the same masks, another one other masks; no two rows are alike."""
+    first, again, other = (losses.sample_key_mask(8, 64, 0.25, torch.Generator().manual_seed(number))
+                           for number in (seed, seed, seed + 1))
+    assert torch.equal(first, again), "two generators of equal state give different masks; draw from `generator`."
+    assert not torch.equal(first, other), "another generator gives the same mask; draw from `generator`."
+    assert len(first.unique(dim=0)) == 8, "different rows have the same mask; draw each row anew."
