@@ -6,6 +6,8 @@ import losses
 import test_all
 import train
 
+FORWARD = train.Objective.forward  # the project's own, before a student's takes its place
+
 
 def form(value) -> str:
     """What a value is, without its numbers: types, shapes, and whether a gradient reaches it."""
@@ -46,3 +48,30 @@ def mask_is_the_generators(seed: int) -> None:
     assert torch.equal(first, again), "two generators of equal state give different masks; draw from `generator`."
     assert not torch.equal(first, other), "another generator gives the same mask; draw from `generator`."
     assert len(first.unique(dim=0)) == 8, "different rows have the same mask; draw each row anew."
+
+
+def what_each_loss_runs(seed: int) -> None:
+    """Which networks run, with which mask, what is returned: as in the project's own `Objective.forward`."""
+    for on in test_all.ALL_LOSSES:
+        config, masks, calls = test_all.a_config(losses=on), [], []
+        batch = train.draw_batch(config, test_all.a_cache(), seed, 0, 1)
+        objective = test_all.an_objective(config)
+        for net, seen in ((objective.student, masks), (objective.teacher, calls)):
+            net.register_forward_pre_hook(
+                lambda module, args, kwargs, seen=seen: seen.append(kwargs.get("key_mask")), with_kwargs=True)
+        result = objective(*batch)
+        assert len(masks) == 1, f"--losses {on}: the student runs {len(masks)} times; expected once."
+        assert len(calls) == (on != "ar"), \
+            f"--losses {on}: the teacher runs {len(calls)} times; expected {int(on != 'ar')}."
+        assert calls in ([], [None]), f"--losses {on}: the teacher gets a mask; it sees all keys."
+        assert (masks[0] is not None) == ("mim" in on), \
+            f"--losses {on}: the student gets {'no' if masks[0] is None else 'a'} mask; it has one exactly with mim."
+        expected = FORWARD(objective, *batch)
+        assert result.keys() == expected.keys(), \
+            f"--losses {on}: returns {', '.join(result)}; expected are {', '.join(expected)}."
+        for name in expected:
+            test_all.close(f"--losses {on}: {name}", result[name], expected[name])
+        result["loss"].backward()
+        trained = [*objective.student.parameters(), *objective.projector.parameters()]
+        assert all(p.grad is not None and p.grad.any() for p in trained), \
+            f"--losses {on}: no gradient reaches a part of student or projector."

@@ -12,6 +12,7 @@ import argparse
 import ast
 import contextlib
 import importlib
+import inspect
 import io
 import multiprocessing
 import random
@@ -32,7 +33,7 @@ TESTS = {  # "checks": coursework/checks.py; all others are in test_all.py
     "step_loss": ["test_step_and_view_losses_are_equations_6_and_7"],
     "view_loss": ["test_step_and_view_losses_are_equations_6_and_7"],
     "update_ema": ["test_ema_and_no_gradient_for_the_teacher"],
-    "Objective.forward": ["test_which_loss_runs_what", "test_losses_of_a_batch_by_hand"],
+    "Objective.forward": ["checks.what_each_loss_runs", "test_losses_of_a_batch_by_hand"],
 }
 
 
@@ -96,8 +97,9 @@ def try_out(folder: Path, name: str, seed: int, answer) -> None:
                 assert form == expected, f"returns {form}; expected is {expected}."
                 for test in TESTS[name]:
                     call = getattr(checks if test.startswith("checks") else test_all, test.split(".")[-1])
-                    for numbers in (0, seed):  # those of the project's tests, and hidden ones
-                        call(seed=numbers)
+                    hidden = "seed" in inspect.signature(call).parameters
+                    for numbers in (dict(seed=0), dict(seed=seed)) if hidden else ({},):
+                        call(**numbers)
                 passed = True
             except BaseException as error:  # sys.exit() of a student included
                 said = sentence(error, folder, test)

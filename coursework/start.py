@@ -9,6 +9,8 @@ import ast
 import shutil
 from pathlib import Path
 
+from bugs import BUGS
+
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 FUNCTIONS = {  # part A, in the order in which to write them: (script, points)
@@ -47,10 +49,11 @@ def emptied(source: str, name: str) -> str:
     return "".join(lines)
 
 
-def replaced(source: str, old: str, new: str) -> str:
-    """`source` with `old`, which must be there exactly once, replaced by `new`."""
+def patched(source: str, change: str) -> str:
+    """`source` with the lines of `change` that begin with - replaced by those that begin with +."""
+    old, new = ("".join(line[1:] + "\n" for line in change.splitlines() if line.startswith(sign)) for sign in "-+")
     if source.count(old) != 1:
-        raise ValueError(f"the project has changed: {old!r} is there {source.count(old)} times, not once.")
+        raise ValueError(f"the project has changed; this is there {source.count(old)} times, not once:\n{old}")
     return source.replace(old, new)
 
 
@@ -66,22 +69,22 @@ def copy_project(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write the copy; must not exist yet")
-    parser.add_argument("--bug", type=int, help="the number of a bug of part C, instead of empty functions")
+    parser.add_argument("--bug", help="the number of a bug of part C, instead of empty functions")
     args = parser.parse_args()
+    blocks = [block.partition("\n") for block in BUGS.strip().split("\n\n")]
+    changes = [(title.split()[1], change) for title, _, change in blocks if title.split()[0] == args.bug]
+    if args.bug is not None and not changes:
+        parser.error(f"there is no bug {args.bug}; the last one is {blocks[-1][0].split()[0]}.")
     if args.folder.exists():
         parser.error(f"{args.folder} exists; choose another folder, so that no work is overwritten.")
-    if args.bug is None:
-        changes = [(script, name, None) for name, (script, _) in FUNCTIONS.items()]
-    else:
-        from bugs import BUGS
-        if args.bug not in BUGS:
-            parser.error(f"--bug is one of {', '.join(map(str, BUGS))}.")
-        changes = BUGS[args.bug]
     copy_project(args.folder)
-    for script, old, new in changes:
+    if args.bug is None:
+        changes = [(script, name) for name, (script, _) in FUNCTIONS.items()]
+    for script, change in changes:
         path = args.folder / script
         source = path.read_text(encoding="utf-8")
-        path.write_text(emptied(source, old) if new is None else replaced(source, old, new), encoding="utf-8")
+        source = emptied(source, change) if args.bug is None else patched(source, change)
+        path.write_text(source, encoding="utf-8")
     print(f"{args.folder} is ready: {'part A' if args.bug is None else f'bug {args.bug} of part C'}.")
 
 
