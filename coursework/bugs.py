@@ -1,7 +1,7 @@
 """The broken copies of part C, for start.py --bug N. If you are to find them, do not read on.
 
-Each is a change that raises no error and that somebody could make in good faith. What it is and which sign gives
-it away is in solutions.md.
+Each is a change that raises no error and that somebody could make in good faith. What it is, and which sign
+gives it away, is in solutions.md.
 """
 
 BUGS = """
@@ -22,7 +22,7 @@ BUGS = """
 -            target = losses.gather_images(by_slot(targets[depth][:, positions]), dim=2)  # (V, K, B_all, C)
 +            rows, positions = torch.arange(len(tokens))[:, None], positions.repeat_interleave(V, 0)
 +            z = by_slot(self.projector(features[depth][rows, positions]))  # (V, K, B, C), Eq. 5
-+            target = losses.gather_images(by_slot(targets[depth][rows, positions]), dim=2)  # (V, K, B_all, C)
++            target = losses.gather_images(by_slot(targets[depth][rows, positions]), dim=2)
 
 3 train.py
 -        self.teacher = copy.deepcopy(student).eval().requires_grad_(False)  # no dropout, ever

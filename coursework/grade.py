@@ -37,6 +37,10 @@ TESTS = {  # "checks": coursework/checks.py; all others are in test_all.py
 }
 
 
+class Wrong(Exception):
+    """Something is wrong that needs no test to be seen."""
+
+
 class Ear(io.StringIO):
     """Hears what is printed, but remembers only the beginning."""
 
@@ -45,19 +49,20 @@ class Ear(io.StringIO):
 
 
 def put_in(folder: Path, name: str) -> None:
-    """Put the student's function in the place of the project's own, with helpers that the project has not."""
+    """Put the student's function in the place of the project's; functions only the student has come along."""
     script, _ = FUNCTIONS[name]
     path, module = folder / script, importlib.import_module(Path(script).stem)
+    if not path.exists():
+        raise Wrong(f"there is no {script} in this folder.")
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     function = find(tree, name)
-    helpers = [node for node in tree.body
-               if isinstance(node, ast.FunctionDef) and not hasattr(module, node.name)]
-    for node in [*helpers, function]:
-        for inner in ast.walk(node):
-            if isinstance(inner, (ast.Import, ast.ImportFrom)):
-                raise ValueError(f"imports {inner.names[0].name} in line {inner.lineno}; use only what {script} "
-                                 "imports at its top.")
-    exec(compile(ast.Module([*helpers, function], []), str(path), "exec"), vars(module))
+    if function is None:
+        raise Wrong(f"{script} has no such function any more.")
+    own = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not hasattr(module, node.name)]
+    for node in ast.walk(ast.Module([*own, function], [])):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            raise Wrong(f"imports something in line {node.lineno}; use what {script} imports at its top.")
+    exec(compile(ast.Module([*own, function], []), str(path), "exec"), vars(module))
     if "." in name:
         owner, method = name.split(".")
         setattr(getattr(module, owner), method, getattr(module, method))
@@ -68,57 +73,59 @@ def sentence(error: BaseException, folder: Path, test: str) -> str:
     said = " ".join(str(error).split())
     if isinstance(error, NotImplementedError):
         return "is not written yet."
-    if isinstance(error, AssertionError):
+    if isinstance(error, SyntaxError):
+        return f"cannot be read: line {error.lineno}: {error.msg}."
+    if isinstance(error, (Wrong, AssertionError)):
         return said or f"fails {test}."
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if Path(frame.filename).parent == folder]
-    where = f" in line {lines[-1]}" if lines else ""
+    where = f" in line {lines[-1]}" if lines else f" in {test}"
     return f"raises {type(error).__name__}{where}: {said}"
 
 
-def try_out(folder: Path, name: str, seed: int, answer) -> None:
-    """Grade one function; sends (whether it passes, what to say of it) to `answer`. Runs in its own process."""
-    import torch
-    torch.set_num_threads(1)
+def judge(folder: Path, name: str, seed: int) -> tuple[bool, str]:
+    """Whether a student's function passes, and what to say of it. Leaves it among the project's own."""
     import checks
     import test_all
-    ear, test, passed, said = Ear(), "", False, ""
-    expected = checks.form_of_result(name)
+    test, expected = "", checks.form_of_result(name)
+    try:
+        put_in(folder, name)
+        form = checks.form_of_result(name)
+        if form != expected:
+            raise Wrong(f"returns {form}; expected {expected}.")
+        for test in TESTS[name]:
+            call = getattr(checks if test.startswith("checks") else test_all, test.split(".")[-1])
+            call()  # with the numbers that it has in the project
+            if "seed" in inspect.signature(call).parameters:
+                call(seed=seed)  # with hidden ones
+    except BaseException as error:  # a student's sys.exit() as well
+        return False, sentence(error, folder, test)
+    return True, ""
+
+
+def judge_alone(folder: Path, name: str, seed: int, answer) -> None:
+    """`judge` in a process of its own, which sends the result to the connection `answer`."""
+    import torch
+    torch.set_num_threads(1)
+    ear = Ear()
     with contextlib.redirect_stdout(ear), contextlib.redirect_stderr(ear):
-        try:
-            put_in(folder, name)
-        except SyntaxError as error:
-            said = f"cannot be read: line {error.lineno} of {FUNCTIONS[name][0]}: {error.msg}."
-        except (ValueError, OSError) as error:
-            said = str(error)
-        else:
-            try:
-                form = checks.form_of_result(name)
-                assert form == expected, f"returns {form}; expected is {expected}."
-                for test in TESTS[name]:
-                    call = getattr(checks if test.startswith("checks") else test_all, test.split(".")[-1])
-                    hidden = "seed" in inspect.signature(call).parameters
-                    for numbers in (dict(seed=0), dict(seed=seed)) if hidden else ({},):
-                        call(**numbers)
-                passed = True
-            except BaseException as error:  # sys.exit() of a student included
-                said = sentence(error, folder, test)
-    if ear.getvalue():
-        said += f" It prints {ear.getvalue().split()[0]!r}...; take that out."
-    answer.send((passed, said.strip()))
+        passed, said = judge(folder, name, seed)
+    printed = ear.getvalue().strip()[:30]
+    answer.send((passed, said + f" It prints {printed!r}; take that out." * bool(printed)))
 
 
 def grade(folder: Path, seed: int) -> dict[str, tuple[bool, str]]:
     """{function: (whether it passes, what to say of it)} for the losses.py and train.py in a folder."""
+    import test_all  # here, so that processes which are forked have it already
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     results = {}
     for name in FUNCTIONS:
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=try_out, args=(folder.resolve(), name, seed, there), daemon=True)
+        process = context.Process(target=judge_alone, args=(folder.resolve(), name, seed, there), daemon=True)
         process.start()
         there.close()
         try:
-            results[name] = here.recv() if here.poll(SECONDS) else (False, f"still runs after {SECONDS} s.")
+            results[name] = here.recv() if here.poll(SECONDS) else (False, f"runs for over {SECONDS} s.")
         except EOFError:
             results[name] = False, "ends the whole process, without a result."
         process.kill()
@@ -127,19 +134,19 @@ def grade(folder: Path, seed: int) -> dict[str, tuple[bool, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", help="each with a student's losses.py and train.py")
-    parser.add_argument("--seed", type=int, default=random.randrange(1, 10 ** 6), help="of the hidden numbers")
+    parser.add_argument("--seed", type=int, default=random.randrange(1, 10 ** 6), help="of hidden numbers")
     args = parser.parse_args()
-    import test_all  # once for all processes that are forked
     for folder in args.folders:
         print(folder)
         total = 0
         for name, (passed, said) in grade(folder, args.seed).items():
             points = FUNCTIONS[name][1]
             total += points * passed
-            print(f"{points * passed:6d} of {points:3d}  {name}" + f": {said}" * bool(said), flush=True)
-        print(f"{total:6d} of 100  (hidden numbers: --seed {args.seed})\n")
+            print(f"{points * passed:4d} of {points:3d}  {name}  {said.strip()}", flush=True)
+        print(f"{total:4d} of 100  (hidden numbers: --seed {args.seed})\n")
 
 
 if __name__ == "__main__":

@@ -22,38 +22,42 @@ FUNCTIONS = {  # part A, in the order in which to write them: (script, points)
     "update_ema": ("losses.py", 10),
     "Objective.forward": ("train.py", 25),
 }
-HOLE = {"Objective.forward": ("inputs", "total")}  # only what stands between these two assignments is taken out
+HOLE = {"Objective.forward": ("inputs", "total")}  # only what stands between these assignments is taken out
 
 
-def find(tree: ast.Module, name: str) -> ast.FunctionDef:
-    """The definition of a function, or of a method written "Class.method". Raises ValueError if it is missing."""
+def find(tree: ast.Module, name: str) -> ast.FunctionDef | None:
+    """The definition of a function, or of a method written "Class.method"; None if there is none."""
     node = tree
     for part in name.split("."):
-        node = next((child for child in node.body if getattr(child, "name", "") == part), None)
-        if node is None:
-            raise ValueError(f"has no {name} any more.")
+        children = getattr(node, "body", [])
+        node = next((child for child in children if getattr(child, "name", "") == part), None)
     return node
 
 
 def emptied(source: str, name: str) -> str:
-    """`source` with the body of one function replaced by `raise NotImplementedError`."""
+    """`source` with the body of one function replaced by `raise NotImplementedError`.
+
+    Its docstring stays, and what stands directly below it to refuse bad arguments.
+    """
     function, lines = find(ast.parse(source), name), source.splitlines(keepends=True)
-    first, last = function.body[0].end_lineno, function.end_lineno  # the docstring is the first statement
+    kept, *rest = function.body
+    while isinstance(rest[0], ast.If) and isinstance(rest[0].body[0], ast.Raise):
+        kept = rest.pop(0)
+    first, last = kept.end_lineno, function.end_lineno
     if name in HOLE:
-        ends = {node.targets[0].id: node for node in function.body
+        ends = {node.targets[0].id: node for node in rest
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
         above, below = HOLE[name]
         first, last = ends[above].end_lineno, ends[below].lineno - 1
-    indent = " " * function.body[0].col_offset
-    lines[first:last] = [f"{indent}raise NotImplementedError\n"]
+    lines[first:last] = [" " * kept.col_offset + "raise NotImplementedError\n"]
     return "".join(lines)
 
 
 def patched(source: str, change: str) -> str:
     """`source` with the lines of `change` that begin with - replaced by those that begin with +."""
-    old, new = ("".join(line[1:] + "\n" for line in change.splitlines() if line.startswith(sign)) for sign in "-+")
+    old, new = ("".join(f"{line[1:]}\n" for line in change.splitlines() if line[0] == sign) for sign in "-+")
     if source.count(old) != 1:
-        raise ValueError(f"the project has changed; this is there {source.count(old)} times, not once:\n{old}")
+        raise ValueError(f"the project has changed; this is there {source.count(old)} times:\n{old}")
     return source.replace(old, new)
 
 
@@ -67,7 +71,8 @@ def copy_project(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write the copy; must not exist yet")
     parser.add_argument("--bug", help="the number of a bug of part C, instead of empty functions")
     args = parser.parse_args()
@@ -83,8 +88,8 @@ def main() -> None:
     for script, change in changes:
         path = args.folder / script
         source = path.read_text(encoding="utf-8")
-        source = emptied(source, change) if args.bug is None else patched(source, change)
-        path.write_text(source, encoding="utf-8")
+        change_it = emptied if args.bug is None else patched
+        path.write_text(change_it(source, change), encoding="utf-8")
     print(f"{args.folder} is ready: {'part A' if args.bug is None else f'bug {args.bug} of part C'}.")
 
 

@@ -2,7 +2,7 @@
 
     python coursework/wrong.py    # a line for each, then how many were graded as they should be
 
-Each is a small change of the full solution. Two minutes, most of it the one that runs for ever.
+Each is a small change of the full solution. A few minutes, one of them for the function that runs for ever.
 """
 
 import random
@@ -86,8 +86,9 @@ info_nce: returns one value instead of two
 +    return F.cross_entropy(logits, positive)
 
 step_loss: returns a loss of another shape
+-    anchors, targets = z[:, i].flatten(0, 1), target[:, j].flatten(0, 1)  # S = V K (K - 1) slots
 -    return info_nce(anchors, targets, temperature)
-+    loss, accuracy = info_nce(anchors, targets, temperature)
++    loss, accuracy = info_nce(z[:, i].flatten(0, 1), target[:, j].flatten(0, 1), temperature)
 +    return loss[None], accuracy
 
 view_loss: raises
@@ -129,7 +130,7 @@ nothing: written as a loop, with a function of one's own
 
 
 def solutions():
-    """(title, functions that must fail, {script: source}) of each solution, the full one and the empty one first."""
+    """(title, functions that must fail, {script: source}) of each; first the full and the empty solution."""
     full = {script: (PROJECT / script).read_text(encoding="utf-8") for script in ("losses.py", "train.py")}
     empty = dict(full)
     for name, (script, _) in FUNCTIONS.items():
