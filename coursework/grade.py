@@ -18,6 +18,7 @@ import multiprocessing
 import random
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from start import FUNCTIONS, PROJECT, find
@@ -114,23 +115,22 @@ def judge_alone(folder: Path, name: str, seed: int, answer) -> None:
     answer.send((passed, said + f" It prints {printed!r}; take that out." * bool(printed)))
 
 
-def grade(folder: Path, seed: int) -> dict[str, tuple[bool, str]]:
-    """{function: (whether it passes, what to say of it)} for the losses.py and train.py in a folder."""
+def grade(folder: Path, seed: int) -> Iterator[tuple[str, bool, str]]:
+    """For each function in a folder: its name, whether it passes, what to say of it."""
     import test_all  # here, so that processes which are forked have it already
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    results = {}
     for name in FUNCTIONS:
         here, there = context.Pipe(duplex=False)
         process = context.Process(target=judge_alone, args=(folder.resolve(), name, seed, there), daemon=True)
         process.start()
         there.close()
         try:
-            results[name] = here.recv() if here.poll(SECONDS) else (False, f"runs for over {SECONDS} s.")
+            passed, said = here.recv() if here.poll(SECONDS) else (False, f"runs for over {SECONDS} s.")
         except EOFError:
-            results[name] = False, "ends the whole process, without a result."
+            passed, said = False, "ends the whole process, without a result."
         process.kill()
         process.join()
-    return results
+        yield name, passed, said
 
 
 def main() -> None:
@@ -142,10 +142,10 @@ def main() -> None:
     for folder in args.folders:
         print(folder)
         total = 0
-        for name, (passed, said) in grade(folder, args.seed).items():
+        for name, passed, said in grade(folder, args.seed):
             points = FUNCTIONS[name][1]
             total += points * passed
-            print(f"{points * passed:4d} of {points:3d}  {name}  {said.strip()}", flush=True)
+            print(f"{points * passed:4d} of {points:3d}  {name}  {said.strip()}".rstrip(), flush=True)
         print(f"{total:4d} of 100  (hidden numbers: --seed {args.seed})\n")
 
 
