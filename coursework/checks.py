@@ -13,11 +13,11 @@ def form(value) -> str:
     """What a value is, without its numbers: types, shapes, and whether a gradient reaches it."""
     if isinstance(value, torch.Tensor):
         kind = str(value.dtype).removeprefix("torch.")
-        return f"{kind} {tuple(value.shape)}" + ", with gradient" * value.requires_grad
+        return f"{kind} of shape {tuple(value.shape)}" + " with gradient" * value.requires_grad
     if isinstance(value, tuple):
-        return "(" + "; ".join(map(form, value)) + ")"
+        return " and ".join(map(form, value))
     if isinstance(value, dict):
-        return "{" + "; ".join(f"{key}: {form(value[key])}" for key in sorted(value)) + "}"
+        return ", ".join(f"{key}: {form(value[key])}" for key in sorted(value))
     return "None" if value is None else f"a {type(value).__name__}"
 
 
