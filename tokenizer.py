@@ -318,9 +318,10 @@ AT_A_TIME = 2 ** 20  # pixels that go through the tokenizer together
 
 
 def in_pieces(vq: VQModel, pixels: torch.Tensor, function: Callable) -> torch.Tensor:
-    """`function` of uint8 (N, S, S, 3), applied to float (B, 3, S, S) on the tokenizer's device, on the CPU.
+    """Apply `function` to pixels uint8 (N, S, S, 3), some at a time, as float (B, 3, S, S) where `vq` is.
 
-    In full float32, but for LlamaGen's own vq_ds16: its extractor, too, lets a GPU convolve in TF32.
+    Returns the results, joined, on the CPU. They are computed in full float32, but for LlamaGen's own
+    vq_ds16: as LlamaGen's extractor does, we let a GPU use TF32 in its convolutions, which is much faster.
     """
     device = next(vq.parameters()).device
     chunks = pixels.split(max(AT_A_TIME // pixels.shape[1] ** 2, 1))
@@ -664,14 +665,15 @@ def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[
     def fail(error):  # os.walk would pass over a folder that it may not read
         raise error
 
-    files = {}
+    files, archive = {}, None
     if path.is_dir():
         for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
             folders[:] = [name for name in folders if not _hidden(name)]  # the others are not entered
+            inside = os.path.relpath(folder, path).replace(os.sep, "/")
             for name in names:
                 if not _hidden(name):
-                    full = os.path.join(folder, name)
-                    files[os.path.relpath(full, path).replace(os.sep, "/")] = os.path.getsize(full), None
+                    size = os.path.getsize(os.path.join(folder, name))
+                    files[f"{inside}/{name}".removeprefix("./")] = size, None
     elif path.is_file():
         with reading(path, "folder or whole zip"):
             archive = zipfile.ZipFile(path)
@@ -684,7 +686,7 @@ def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[
 
     def read(name):
         with reading(f"{path}/{name}", "file that can be read"):
-            return archive.read(top + name) if path.is_file() else (path / (top + name)).read_bytes()
+            return archive.read(top + name) if archive else (path / (top + name)).read_bytes()
 
     return {name[len(top):]: mark for name, mark in files.items() if name.startswith(top)}, read
 
@@ -1170,7 +1172,8 @@ def reading(path: str | Path, kind: str) -> Iterator[None]:
             raise
         reason, lines = type(error).__name__, str(error).strip().splitlines()
         if lines and not isinstance(error, pickle.PickleError):  # whose advice is to let the file run code
-            reason += f": {lines[-1].strip()[:200].rstrip('.')}"
+            said = lines[-1].strip()[:200].rstrip(".")
+            reason = said if type(error) is ValueError else f"{reason}: {said}"
         raise ValueError(f"{path} is damaged or no {kind}; get it or write it again ({reason}).") from None
 
 
