@@ -624,7 +624,9 @@ def test_written_whole_or_not_at_all():
 
     refuses(OSError, "cannot write No space left", tokenizer.write_file, root / "link", fail)
     assert path.read_bytes() == b"old"
-    tokenizer.write_file(root / "link", lambda file: file.write(b"new"))
+    with open(path, "rb") as reader:  # whoever reads the old one goes on reading it
+        tokenizer.write_file(root / "link", lambda file: file.write(b"new"))
+        assert reader.read() == b"old"
     assert (root / "link").is_symlink() and path.read_bytes() == b"new"
     assert [file.name for file in path.parent.iterdir()] == ["x"]
     for wrong in (root, "/dev/null", path / "y", root / ("x" * 255)):
