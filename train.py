@@ -1,8 +1,8 @@
 """Train ST-AR (arXiv 2509.15185), or its plain autoregressive baseline, on the codes of an image set.
 
-Whatever is missing is made on the way: images are found or downloaded, a tokenizer is trained, the codes of
-each image's crops, ten per crop ratio, are cached. The model is in model.py, the losses are in losses.py;
-here is the loop.
+Whatever is missing is made on the way: the images are found or downloaded, a tokenizer is trained, and the
+codes of each image's crops, ten per crop ratio, are cached. The model is in model.py, the losses are in
+losses.py. Here they meet: settings, batches, the training step, the loop and, at the end, `main`.
 
     python train.py --preset nano                                   # built-in images, minutes on a CPU
     python train.py --preset tiny                                   # Tiny ImageNet at 32 px
@@ -19,15 +19,13 @@ import copy
 import inspect
 import json
 import math
-import os
 import re
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
-from dataclasses import Field, asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -93,7 +91,7 @@ class Config:
     # run
     seed: Annotated[int, 0, 2 ** 32 - 1] = 0  # of everything random but tokenizer and held-out images
     device: str = ""  # cpu, cuda or cuda:N; default: cuda if there is one
-    compile: bool = True  # torch.compile; a CPU only does it when asked to
+    compile: bool = True  # torch.compile; by default on a GPU, and for tiny on a CPU
     log_every: Count = 10  # steps between lines of metrics.jsonl
     save_every: Count = 500  # steps between checkpoints, validation losses and sample grids
     eval_images: Count = 2000  # held-out images for the validation loss
@@ -119,9 +117,9 @@ PAPER = dict(ema=0.9999, ema_ramp=False, depth=6,  # paper: these, and Config's 
              image_size=256, crop_ratios=(1.1, 1.05), base_lr=1e-4, warmup=0, schedule="constant",  # LlamaGen
              samples=8, sample_cfg=4.0, save_every=5000)  # our choice
 PRESETS = {
-    "nano": dict(data="shapes", codes=256, tokenizer_steps=400, model="nano", depth=2, steps=600, batch=32,
+    "nano": dict(data="shapes", tokenizer="shipped", codes=256, model="nano", depth=2, steps=600, batch=32,
                  base_lr=2e-3 * 256 / 32, warmup=50, save_every=100, eval_images=200),  # a rate of 2e-3
-    "tiny": dict(tokenizer="shipped", batch=512, base_lr=5e-4, warmup=500),
+    "tiny": dict(tokenizer="shipped", batch=512, base_lr=5e-4, warmup=500, save_every=2000),
     "small": dict(tokenizer="shipped", image_size=64, model="small", depth=6, ema=0.996, base_lr=8e-4,
                   warmup=1000),
     "B": PAPER | dict(model="B"),
@@ -131,29 +129,13 @@ PRESETS = {
 CHOICES = {"preset": list(PRESETS), "model": list(SIZES), "schedule": ["cosine", "constant"],
            "losses": ["ar", "ar+mim", "ar+step", "ar+view", "ar+mim+step", "ar+mim+view", "ar+step+view",
                       Config.losses]}
-TWENTY = str(Path(__file__).with_name("assets") / "tiny-imagenet-20.txt")  # a tenth of the time to encode
-ON_CPU = {  # what a CPU runs instead, said loudly; the subset is that of Tiny ImageNet, not of --data
-    "tiny": dict(subset=TWENTY, model="nano", depth=2, dropout=0.0, steps=5000, batch=32,
+TWENTY = "assets/tiny-imagenet-20.txt"  # classes of Tiny ImageNet: a tenth of the time to encode
+ON_CPU = {  # what these presets change on a CPU, where they would take days
+    "tiny": dict(subset=TWENTY, model="nano", depth=2, dropout=0.0, steps=5000, batch=32, compile=True,
                  base_lr=2e-3 * 256 / 32, warmup=100, save_every=500, eval_images=1000),
     "small": dict(subset=TWENTY, dropout=0.0, steps=300, batch=8, base_lr=1e-3 * 256 / 8, warmup=50,
                   save_every=100, eval_images=50),
 }
-
-
-def add_flag(parser: argparse.ArgumentParser, field: Field, comment: str) -> None:
-    """Give `parser` the flag of one field of `Config`."""
-    defaults = [str(field.default)] if field.default != "" else []
-    defaults += [f"{name} {preset[field.name]}" for name, preset in PRESETS.items() if field.name in preset]
-    text = f"{comment} (default {', '.join(defaults)})" if defaults else comment
-    if field.type is bool:
-        how = dict(action=argparse.BooleanOptionalAction)
-    elif field.type is str:
-        how = dict(choices=CHOICES.get(field.name))
-    else:
-        how = dict(type=tokenizer.within(field.type.__origin__, *field.type.__metadata__))
-    if isinstance(field.default, tuple):
-        how["nargs"] = "+"
-    parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
@@ -164,29 +146,36 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
     parser.add_argument("--resume", action="store_true", default=False, help="go on where the run stopped")
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
     for field in fields(Config):
-        add_flag(parser, field, comments[field.name])
+        if field.type is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif field.type is str:
+            how = dict(choices=CHOICES.get(field.name))
+        else:
+            how = dict(type=tokenizer.within(field.type.__origin__, *field.type.__metadata__))
+        if isinstance(field.default, tuple):
+            how["nargs"] = "+"
+        default = f" (default {field.default})" if field.default != "" else ""
+        parser.add_argument("--" + field.name.replace("_", "-"),
+                            help=(comments[field.name] + default).replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
     if "crop_ratios" in given:
         given["crop_ratios"] = tuple(given["crop_ratios"])
+    if "epochs" in given:
+        given.setdefault("steps", 0)
 
     preset = given.get("preset", Config.preset)
     device = tokenizer.choose_device(given.get("device", "")).type
-    smaller = ON_CPU.get(preset, {}) if device == "cpu" and not resume else {}
-    settings = PRESETS[preset] | {"device": device, "compile": device == "cuda"} | smaller
-    if smaller and "data" in given:  # the subset is one of Tiny ImageNet
+    settings = PRESETS[preset] | {"device": device, "compile": device == "cuda"}
+    if device == "cpu":
+        settings |= ON_CPU.get(preset, {})
+    if "data" in given:  # the subset of a preset is one of Tiny ImageNet
         settings["subset"] = ""
     if given.keys() & {"codes", "tokenizer_steps"}:  # these ask for a tokenizer of one's own
         settings["tokenizer"] = "train"
-    if "epochs" in given:
-        settings["steps"] = 0
     config = Config(**settings | given)
-    if smaller and tokenizer.rank_and_world()[0] == 0:
-        used = {name: getattr(config, name) for name in smaller if name not in given}
-        print(f"!! On a CPU --preset {preset} is smaller and shorter: {used}")
     if not config.name:
-        all_on = config.losses == Config.losses
-        config.name = preset if all_on else f"{preset}-{config.losses.replace('+', '-')}"
+        config.name = "-".join([preset] + config.terms * (config.losses != Config.losses))
     if not re.fullmatch(r"\w[\w.+-]{0,99}", config.name):
         raise ValueError(f"--name {config.name!r} is a folder in runs/: use letters, digits, . _ + and -.")
     return config, given, resume
@@ -230,6 +219,11 @@ class Batch(NamedTuple):
     classes: torch.Tensor  # (B,) int64, the null class where the label was dropped
     key_mask: torch.Tensor  # (B, V, T) bool, True where a key is hidden from the student
     positions: torch.Tensor  # (K,) int64
+
+    def chunk(self, count: int) -> list["Batch"]:
+        """`count` micro-batches of B / count images, at the same positions."""
+        parts = zip(self.tokens.chunk(count), self.classes.chunk(count), self.key_mask.chunk(count))
+        return [Batch(*part, self.positions) for part in parts]
 
 
 def draw_batch(config: Config, cache: tokenizer.TokenCache, step: int, rank: int, world: int) -> Batch:
@@ -331,232 +325,153 @@ def make_optimizer(objective: Objective, config: Config) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-# ---- Starting and resuming ---------------------------------------------------------------------------------
-
 class Run(NamedTuple):
     """What a run consists of."""
     config: Config
     rank: int
     world: int  # processes
     device: torch.device
-    bfloat16: bool  # whether to run the networks in it, under autocast
+    dtype: torch.dtype | None  # that the networks run in, under autocast; None: float32, no autocast
     vq: tokenizer.VQModel
-    cache: tokenizer.TokenCache
-    held_out: tokenizer.TokenCache
+    cache: tokenizer.TokenCache  # all crops of the training images
+    held_out: tokenizer.TokenCache  # centre crops of the others
     objective: Objective
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of the loss in float16; else it does nothing
     start: int  # steps done before
     steps: int  # to do in all
 
 
-def refuse_used_folder(config: Config) -> None:
-    """Raise ValueError or OSError if a new run cannot be written to its folder."""
-    if any((config.folder / name).exists() for name in ("checkpoint.pt", "previous.pt", "metrics.jsonl")):
-        raise ValueError(f"{config.folder} exists; go on with it (--resume), delete it or choose another "
-                         "--name.")
-    tokenizer.check_output(config.folder / "checkpoint.pt")
+def backward(run: Run, objective: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """Add the gradients of one micro-batch to those there are; returns the values of `Objective.forward`.
 
-
-def read_checkpoint(folder: Path) -> dict:
-    """The latest checkpoint in `folder`. Raises FileNotFoundError or ValueError if it is of no use."""
-    path, previous = folder / "checkpoint.pt", folder / "previous.pt"
-    if not path.exists() and not previous.exists():
-        there = sorted(other.parent.name for other in Path("runs").glob("*/checkpoint.pt"))
-        raise FileNotFoundError(f"nothing to resume in {folder}; --name can be one of {there}.")
-    try:
-        return sample.load_checkpoint(path, whole=True)
-    except (ValueError, OSError) as error:
-        if previous.exists():
-            raise ValueError(f"{error} The checkpoint before it is kept: rename {previous} to checkpoint.pt "
-                             "and resume.") from None
-        raise
-
-
-def resumed_config(config: Config, given: dict, checkpoint: dict) -> Config:
-    """The settings that the run began with; ValueError if those given by hand or the tokenizer are others."""
-    folder, begun = config.folder, checkpoint["config"]
-    kinds = {field.name: type(field.default) for field in fields(Config)}
-    if begun.keys() != kinds.keys() or not all(isinstance(begun[name], kinds[name]) for name in kinds):
-        raise ValueError(f"{folder} was begun by another version of train.py; go on with that.")
-    saved = replace(Config(**begun), name=config.name, device=config.device, compile=config.compile)
-    may_change = {"data", "subset", "tokenizer", "cache", "log_every"}
-    for name in given.keys() - may_change:
-        if getattr(saved, name) != given[name]:
-            raise ValueError(f"{folder} has {name} = {getattr(saved, name)}, not {given[name]}; choose "
-                             "another --name for new settings.")
-    saved = replace(saved, **given)
-    if given.get("tokenizer") in (None, "shipped", "train"):  # made already
-        own = folder / "tokenizer.pt"
-        saved.tokenizer = str(own) if own.exists() else begun["tokenizer"]
-    vq = tokenizer.load_tokenizer(saved.tokenizer)
-    if tokenizer.fingerprint(vq) != checkpoint["data"].get("tokenizer"):
-        raise ValueError(f"{saved.tokenizer} is not the tokenizer that {folder} was trained with; name that "
-                         "with --tokenizer FILE.")
-    return saved
-
-
-def check_data(config: Config, cache: tokenizer.TokenCache, checkpoint: dict) -> None:
-    """Raise ValueError if there are too few images or positions, or other codes than the run began with."""
-    images, behind = int((cache.labels >= 0).sum()), cache.tokens.shape[2] - 1
-    if images < config.batch:
-        raise ValueError(f"{config.data} has {images} training images, fewer than --batch {config.batch}.")
-    if config.positions > behind:
-        raise ValueError(f"--positions {config.positions}: an image has {behind} behind the class.")
-    before = checkpoint.get("data", cache.meta)
-    if others := [key for key in cache.meta if str(cache.meta[key]) != str(before.get(key))]:
-        raise ValueError(f"{config.folder} was trained on other data than {config.data} gives now (another "
-                         f"{', '.join(others)}); name its images with --data.")
-
-
-def load_state(path: str | Path, part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
-    """Give `part`, a module or an AdamW, the `state` read from `path`; ValueError if it does not fit."""
-    with tokenizer.reading(path, f"file for this {type(part).__name__}"):
-        if isinstance(part, nn.Module):
-            part.load_state_dict(state)
-            return
-        part.load_state_dict(part.state_dict() | {"state": state["state"]})  # its settings stay
-        trained = [p for group in part.param_groups for p in group["params"]]
-        for p in trained if part.state else []:  # empty before the first step; torch compares nothing of it
-            shapes = {name: value.shape for name, value in part.state[p].items()}
-            if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
-                raise ValueError("an optimizer state of another structure")
-
-
-class Prepared(NamedTuple):
-    """What `prepare` found or made."""
-    data: str  # the images: a folder, a zip, or "shapes"
-    subset: str  # the list of their classes to keep, or ""
-    tokenizer: str  # file
-    suffix: str  # of the run's name: "-shapes" where they stand in for Tiny ImageNet, else ""
-    vq: tokenizer.VQModel
-    train: tokenizer.TokenCache  # all crops of the training images
-    held_out: tokenizer.TokenCache  # centre crops alone
-
-
-def prepare(settings, device: torch.device, store) -> Prepared:
-    """From image set to token caches, as train.py needs them; `settings` has the fields of its Config.
-
-    Rank 0 finds the images and trains the tokenizer if there is none; all processes encode. They agree
-    through `store`, in which a key can be waited for without limit.
-    Raises ValueError or OSError, in one sentence, for data that cannot be used.
+    `objective` is run.objective, or what DDP and torch.compile have made of it.
     """
-    rank = tokenizer.rank_and_world()[0]
-
-    def from_first(key, make):  # what rank 0 makes, for all processes
-        if rank == 0:
-            store.set(key, json.dumps(make()))
-        store.wait([key], timedelta(days=30))
-        return json.loads(store.get(key))
-
-    def find():
-        data = tokenizer.find_images(settings.data)
-        stand_in = data == "shapes" != settings.data
-        subset = "" if stand_in else settings.subset
-        images = tokenizer.open_images(data, "train", subset)
-        print(images.summary)
-        path = str(tokenizer.find_tokenizer(settings, images, device))
-        return data, subset, path, "-shapes" if stand_in else ""
-
-    data, subset, path, suffix = from_first("found", find)
-    vq = tokenizer.load_tokenizer(path, device)
-    images, held_out = (tokenizer.open_images(data, split, subset) for split in ("train", "val"))
-    size = settings.image_size
-    if rank == 0 and settings.tokenizer in ("shipped", "train"):
-        tokenizer.print_quality(path, vq, held_out, size)
-    train = tokenizer.token_cache(images, vq, size, settings.crop_ratios, settings.cache)
-    return Prepared(data, subset, path, suffix, vq, train,
-                    tokenizer.token_cache(held_out, vq, size, (), settings.cache))
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+        values = objective(*batch)
+    run.scaler.scale(values["loss"] / run.config.accumulate).backward()
+    return values
 
 
-def set_up(config: Config, given: dict, resume: bool, held: ExitStack) -> Run:
-    """Everything before the first step, from data to models; also joins the processes.
+def train_step(run: Run, objective: nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+    """One optimizer step, the EMA update included; returns what to log. `objective`: see `backward`.
 
-    Rank 0 locks the run's folder until `held` is closed. Raises ValueError or OSError for a user's mistake.
+    Nothing in here waits for the device.
     """
-    rank, world = tokenizer.rank_and_world()
-    device = tokenizer.choose_device(config.device)
-    # no process group yet: rank 0 may train a tokenizer for an hour; a key can be waited for that long
-    store = dist.HashStore() if world == 1 else next(iter(dist.rendezvous("env://")))[0]
-    checkpoint, init = {}, None
-    if resume:
-        if rank == 0 and config.folder.is_dir():
-            held.enter_context(tokenizer.locked(config.folder))
-        checkpoint = read_checkpoint(config.folder)
-        config = resumed_config(config, given, checkpoint)
-    elif rank == 0:
-        refuse_used_folder(config)
-    check_config(config, world)
-    if config.init and not resume:
-        init = sample.load_model(config.init, image_size=config.image_size)[0]
-    found = prepare(config, device, store)
-    cache = found.train
-    config = replace(config, data=found.data, subset=found.subset, tokenizer=found.tokenizer,
-                     name=config.name + found.suffix * (not resume))
-    check_data(config, cache, checkpoint)
-    if rank == 0 and not resume:
-        held.enter_context(tokenizer.locked(config.folder))
-        refuse_used_folder(config)  # again: prepare may have renamed the run, or another has come first
-
-    torch.manual_seed(config.seed)
-    student = Transformer(ModelConfig(
-        *SIZES[config.model], vocab_size=cache.meta["codebook_size"], num_classes=len(cache.meta["classes"]),
-        num_tokens=cache.tokens.shape[2], dropout=config.dropout))
-    if init is not None:
-        if replace(init.config, dropout=config.dropout) != student.config:
-            raise ValueError(f"--init {config.init} is {init.config}, but this run needs {student.config}.")
-        student.load_state_dict(init.state_dict())
-    objective = Objective(config, student).to(device)
-    optimizer = make_optimizer(objective, config)
-    if resume:
-        for part, name in ((student, "model"), (objective.teacher, "ema"),
-                           (objective.projector, "projector"), (optimizer, "optimizer")):
-            load_state(config.folder / "checkpoint.pt", part, checkpoint[name])
-    if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    bfloat16 = sample.has_bfloat16(device)
-    if device.type == "cuda" and rank == 0 and not bfloat16:
-        print("!! This GPU is too old for bfloat16 (Ampere is the first): training in float32, slower.")
-    steps_per_epoch = int((cache.labels >= 0).sum()) // config.batch
-    return Run(config, rank, world, device, bfloat16, found.vq, cache, found.held_out, objective, optimizer,
-               checkpoint.get("step", 0), config.steps or config.epochs * steps_per_epoch)
+    config, optimizer, scaler, log = run.config, run.optimizer, run.scaler, {}
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step, run.steps)
+    torch.manual_seed(seed_of(config.seed, 2, step, run.rank))  # dropout
+    for number, piece in enumerate(batch.chunk(config.accumulate), 1):
+        last = number == config.accumulate
+        with objective.no_sync() if run.world > 1 and not last else nullcontext():  # average once
+            values = backward(run, objective, piece)
+        log = {name: log.get(name, 0) + value.detach() / config.accumulate for name, value in values.items()}
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(run.objective.parameters(), config.clip)
+    # a loss scaled too far for float16 gives infinite gradients: the step is skipped, and moves by nothing
+    log["grad_norm"] = norm.where(norm.isfinite(), 0) if scaler.is_enabled() else norm
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    decay = ema_decay(config, step, run.steps)
+    losses.update_ema(run.objective.teacher, run.objective.student, decay)  # after theta has moved
+    return log
 
 
 # ---- The loop ----------------------------------------------------------------------------------------------
 
-def batches(run: Run) -> Iterator[Batch]:
-    """This process's batches of all steps to come, on its device: no step waits for its batch."""
-    def prepared(step):
-        batch = draw_batch(run.config, run.cache, step, run.rank, run.world)
-        if run.device.type == "cuda":  # from pinned memory a copy does not hold up the host
-            batch = Batch(*(x.pin_memory() for x in batch))
-        return Batch(*(x.to(run.device, non_blocking=True) for x in batch))
+def train(run: Run, caught: list[int]) -> None:
+    """All steps of a run, with logs, validation, pictures and checkpoints.
 
-    return tokenizer.read_ahead(map(prepared, range(run.start, run.steps)))
-
-
-def train_step(run: Run, forward: nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
-    """One optimizer step, the EMA update included; returns what to log. `forward` wraps run.objective.
-
-    Nothing in here waits for the device.
+    caught  the signals noted so far: as soon as there is one, save and exit
+    Raises ValueError for a value that is not finite, before anything is saved.
     """
-    config, micro, log = run.config, run.config.accumulate, {}
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(config, step, run.steps)
-    torch.manual_seed(seed_of(config.seed, 2, step, run.rank))  # dropout
-    pieces = zip(batch.tokens.chunk(micro), batch.classes.chunk(micro), batch.key_mask.chunk(micro))
-    for number, piece in enumerate(pieces, 1):
-        with forward.no_sync() if run.world > 1 and number < micro else nullcontext():  # average once
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
-                values = forward(*piece, batch.positions)
-            (values["loss"] / micro).backward()
-        log = {name: log.get(name, 0) + value.detach() / micro for name, value in values.items()}
-    log["grad_norm"] = nn.utils.clip_grad_norm_(run.objective.parameters(), config.clip)
-    run.optimizer.step()
+    config, folder, objective = run.config, run.config.folder, run.objective
+    if run.world > 1:
+        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    if config.compile and run.start < run.steps:
+        objective = compiled(run, objective, load_batch(run, run.start))
+    batches = tokenizer.read_ahead(load_batch(run, step) for step in range(run.start, run.steps))
+    bar = tokenizer.progress(batches, config.name, run.steps, initial=run.start)
+    done, history, clock = run.start, [], time.time()
+    for batch in bar:
+        history.append(train_step(run, objective, batch, done))
+        done += 1
+        due = done % config.save_every == 0 or done == run.steps
+        asked = bool(caught) and run.world == 1  # several processes agree on it below
+        if not (due or asked or done % config.log_every == 0):
+            continue
+        totals = sum(torch.stack(list(log.values())) for log in history)  # (names,)
+        totals = torch.cat([totals, totals.new_tensor([bool(caught)])])
+        if run.world > 1:
+            dist.all_reduce(totals)
+        *totals, stops = totals.tolist()  # here the host waits for the device
+        line = {"step": done}  # and means over the steps since the last line and over all processes
+        line |= {name: total / len(history) / run.world for name, total in zip(history[0], totals)}
+        line["lr"] = run.optimizer.param_groups[0]["lr"]
+        if "acc_label" in line:
+            line["negatives"] = config.batch // config.accumulate - 1
+        tokens = len(history) * config.batch * config.views * run.cache.tokens.shape[2]
+        line["tokens_per_second"] = tokens / (time.time() - clock)
+        if run.device.type == "cuda":
+            line["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
+        if due:
+            line["val_nll"] = validation_loss(run)
+        if bad := [name for name, value in line.items() if not math.isfinite(value)]:
+            raise ValueError(f"{bad[0]} is not finite at step {done}; {folder}/checkpoint.pt is from before "
+                             "that. Start again under another --name, with a lower --base-lr or a longer "
+                             "--warmup.")
+        if run.rank == 0:
+            speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+            bar.set_postfix_str(f"ar {line['loss_ar']:.3f}, {speed}", refresh=False)
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            if due:
+                sample.save_curves(folder / "loss.png", folder / "metrics.jsonl")
+            if due or stops:
+                save(run, done)
+        if stops:
+            break
+        history, clock = [], time.time()  # validation and saving are not part of the speed
+    if run.world > 1:
+        dist.barrier()  # else torchrun, seeing the others leave, would end process 0 while it saves
+    if run.rank == 0:
+        print(f"Done: {folder}/ holds checkpoint.pt, metrics.jsonl and the pictures." if done == run.steps
+              else f"Saved after step {done}. To go on: train.py --resume --name {config.name}")
+    if done < run.steps:
+        sys.exit(130)  # as for Ctrl-C
+
+
+def load_batch(run: Run, step: int) -> Batch:
+    """The batch of `step` on this process's device; from pinned memory a copy does not hold up the host."""
+    batch = draw_batch(run.config, run.cache, step, run.rank, run.world)
+    if run.device.type == "cuda":
+        batch = Batch(*(x.pin_memory() for x in batch))
+    return Batch(*(x.to(run.device, non_blocking=True) for x in batch))
+
+
+def compiled(run: Run, objective: nn.Module, batch: Batch) -> nn.Module:
+    """`objective` through torch.compile; where that fails, for whatever reason, a sentence and as it is.
+
+    It is tried on a micro-batch of `batch`, and nothing moves: the gradients are thrown away, and dropout is
+    seeded anew in each step.
+    """
+    def attempt(module):
+        with objective.no_sync() if run.world > 1 else nullcontext():
+            backward(run, module, batch.chunk(run.config.accumulate)[0])["loss"].item()  # waits for the end
+
+    try:
+        fast = torch.compile(objective)
+        attempt(fast)
+    except Exception as error:  # no compiler, no Triton, an old GPU ...
+        reason = str(error).strip().partition("\n")[0][:200]
+        print(f"!! torch.compile fails here ({type(error).__name__}: {reason}): training without it, slower.")
+        fast = objective
+        if run.world > 1:
+            attempt(objective)  # the other processes are waiting for this one's images
     run.optimizer.zero_grad()
-    decay = ema_decay(config, step, run.steps)
-    losses.update_ema(run.objective.teacher, run.objective.student, decay)  # after theta has moved
-    return log
+    return fast
 
 
 @torch.no_grad()
@@ -576,166 +491,188 @@ def validation_loss(run: Run) -> float:
     return (total / len(rows)).item()
 
 
-def summarise(run: Run, history: list[dict], done: int, stop: bool) -> tuple[dict[str, float], bool]:
-    """Logs of the steps up to `done` -> {name: mean over steps and processes}; and whether one wants to stop.
-
-    Here the host waits for the device. Raises ValueError naming the first step and value that is not finite.
-    """
-    names, first = list(history[0]), done - len(history) + 1
-    values = torch.stack([torch.stack(list(log.values())) for log in history])  # (steps, names)
-    stops = values.new_tensor(float(stop))
-    if run.world > 1:
-        dist.all_reduce(values)
-        dist.all_reduce(stops)
-    if bad := (~values.isfinite()).nonzero().tolist():
-        step, name = bad[0]
-        raise diverged(run, f"{names[name]} of step {first + step}")
-    sums = sum(values).tolist()
-    return {name: total / len(history) / run.world for name, total in zip(names, sums)}, stops.item() > 0
-
-
-def diverged(run: Run, what: str) -> ValueError:
-    """What ends a run before it saves anything that is not finite."""
-    return ValueError(f"{what} is not finite; {run.config.folder}/checkpoint.pt is from before that. Start "
-                      "again under another --name, with a lower --base-lr or a longer --warmup.")
+def states(run: Run) -> dict:
+    """All that changes in training, under its name in a checkpoint."""
+    objective = run.objective
+    return {"model": objective.student, "ema": objective.teacher, "projector": objective.projector,
+            "optimizer": run.optimizer, "scaler": run.scaler}
 
 
 def save(run: Run, step: int) -> None:
-    """Write checkpoint.pt, all that --resume and the other scripts need, then a grid of samples if wanted.
-
-    The checkpoint before it is kept as previous.pt.
-    """
-    config, student, path = run.config, run.objective.student, run.config.folder / "checkpoint.pt"
-    content = {
-        "model": student.state_dict(), "ema": run.objective.teacher.state_dict(),
-        "projector": run.objective.projector.state_dict(), "optimizer": run.optimizer.state_dict(),
-        "step": step, "config": asdict(config), "data": run.cache.meta,
-        "model_config": asdict(student.config)}
-    if path.exists():  # copied, not renamed: whenever a kill comes, checkpoint.pt is whole
-        with open(path, "rb") as last:
-            tokenizer.write_file(path.with_name("previous.pt"), lambda file: shutil.copyfileobj(last, file))
-    tokenizer.write_file(path, lambda file: torch.save(content, file))
+    """Write checkpoint.pt, all that --resume and the other scripts need, then a grid of samples if wanted."""
+    config, student, data = run.config, run.objective.student, run.cache.meta
+    content = {name: part.state_dict() for name, part in states(run).items()}
+    content |= {"step": step, "config": asdict(config), "data": data, "model_config": asdict(student.config)}
+    tokenizer.write_file(config.folder / "checkpoint.pt", lambda file: torch.save(content, file))
     if config.samples and step > 0:
-        grid = path.with_name("samples") / f"{step:07d}.png"
-        sample.save_samples(grid, student.eval(), run.vq, config.samples, run.cache.meta["classes"],
-                            config.seed, cfg=config.sample_cfg)
+        sample.save_samples(config.folder / "samples" / f"{step:07d}.png", student.eval(), run.vq,
+                            config.samples, data["classes"], config.seed, cfg=config.sample_cfg)
         student.train()
+
+
+# ---- Starting and resuming ---------------------------------------------------------------------------------
+
+def resumed_config(config: Config, given: dict, begun: dict) -> Config:
+    """The settings that a run has `begun` with, but for those `given` by hand that may change.
+
+    Raises ValueError if one is given that may not.
+    """
+    if begun.keys() != asdict(config).keys():
+        raise ValueError(f"{config.folder} was begun by another version of train.py; go on with that.")
+    before = replace(Config(**begun), name=config.name, device=config.device,
+                     tokenizer=str(config.folder / "tokenizer.pt"))
+    if given.get("tokenizer") in ("shipped", "train"):  # it lies in the folder now
+        given = given | {"tokenizer": before.tokenizer}
+    may_change = {"compile", "data", "subset", "tokenizer", "cache", "log_every"}
+    if before.schedule == "constant" and not before.ema_ramp:
+        may_change |= {"epochs", "steps"}  # no step depends on how many there are
+    for name in given:
+        if name not in may_change and getattr(before, name) != given[name]:
+            why = " and its learning rate or EMA decay follows that" if name in ("epochs", "steps") else ""
+            raise ValueError(f"{config.folder} has {name} = {getattr(before, name)}, not {given[name]}{why}; "
+                             "choose another --name for new settings.")
+    return replace(before, **given)
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A list of the signals that arrive meanwhile: Ctrl-C, and those with which batch systems end a job."""
+    caught, before = [], {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        kind = getattr(signal, name, signal.SIGINT)  # Windows lacks the last two
+        if signal.getsignal(kind) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            before.setdefault(kind, signal.signal(kind, lambda number, frame: caught.append(number)))
+    try:
+        yield caught
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """A decorator of main. If another process has failed, wait until torchrun ends this one, too.
+
+    So the sentence of the one that failed is not lost among the others' tracebacks.
+    """
+    try:
+        yield
+    except RuntimeError:  # what a collective raises when another process has gone
+        if dist.is_initialized():
+            time.sleep(5)
+        raise
+
+
+def from_first(make: Callable):
+    """What `make()` returns in process 0, for all processes."""
+    rank, world = tokenizer.rank_and_world()
+    box = [make() if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def open_folder(run: Run) -> None:
     """Fill runs/<name> for a new run, or cut the metrics of a resumed one back to its checkpoint.
 
-    Raises ValueError if a line of metrics.jsonl is damaged.
+    Raises ValueError if metrics.jsonl is damaged.
     """
-    folder, metrics, kept = run.config.folder, run.config.folder / "metrics.jsonl", []
-    before = metrics.read_text(errors="replace") if metrics.exists() else ""
-    for text in before.splitlines(keepends=True):
-        try:
-            if text.endswith("\n") and json.loads(text)["step"] <= run.start:  # a kill may leave half a line
-                kept.append(text)
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{metrics} is damaged; delete this line of it: {text.strip()[:60]!r}") from None
+    config, folder = run.config, run.config.folder
+    metrics, kept = folder / "metrics.jsonl", ""
     if not (folder / "checkpoint.pt").exists():
-        if sum(p.numel() for p in run.vq.parameters()) < 5e6:  # so that a run that is moved still samples
-            tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)
-            sample.save_reconstructions(folder / "reconstructions.png", run.vq, run.config.data,
-                                        run.config.subset, run.config.image_size)
+        tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)  # a run that is moved still samples
+        sample.save_reconstructions(folder / "reconstructions.png", run.vq, config.data, config.subset,
+                                    config.image_size)
         save(run, 0)
-    tokenizer.write_file(metrics, lambda file: file.write("".join(kept).encode()))
-    settings = json.dumps(asdict(run.config), indent=1).encode()
-    tokenizer.write_file(folder / "config.json", lambda file: file.write(settings))
-
-
-def wrapped(run: Run) -> nn.Module:
-    """run.objective: in DDP if there are several processes, and compiled if that is wanted and possible."""
-    forward = run.objective
-    if run.world > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False)
-    # Triton needs a C compiler, on a CPU Inductor one of C++
-    variable, *names = ("CC", "gcc", "clang") if run.device.type == "cuda" else ("CXX", "g++", "clang++")
-    compiler = os.environ.get(variable) or any(map(shutil.which, names))
-    if run.config.compile and compiler:
-        return torch.compile(forward)
-    if run.config.compile and run.rank == 0:
-        print("!! torch.compile needs a compiler (install gcc and g++): training without it, slower.")
-    return forward
-
-
-def train(run: Run, caught: list[int]) -> None:
-    """All steps of a run, with logs, validation, pictures, checkpoints; a signal makes it save and exit."""
-    config, forward = run.config, wrapped(run)
-    if run.rank == 0:
-        open_folder(run)
-    tokens_per_step = config.batch * config.views * run.cache.tokens.shape[2]
-    bar = tokenizer.progress(batches(run), config.name, run.steps, initial=run.start)
-    history = []  # what the steps since the last line logged
-    done, stop = run.start, False
-    for batch in bar:
-        history.append(train_step(run, forward, batch, done))
-        done += 1
-        if done == run.start + 1:  # the first step compiles: wait for it, and leave it out of the speed
-            history[0]["loss"].item()
-            since, clock = done, time.time()
-        due = done % config.save_every == 0 or done == run.steps
-        asked = bool(caught) and run.world == 1  # several processes agree in `summarise`
-        if not (due or asked or done % config.log_every == 0):
-            continue
-        means, stop = summarise(run, history, done, bool(caught))
-        line = {"step": done} | means | {"lr": run.optimizer.param_groups[0]["lr"]}
-        if "acc_label" in line:
-            line["negatives"] = config.batch // config.accumulate - 1
-        if done > since:
-            line["tokens_per_second"] = (done - since) * tokens_per_step / (time.time() - clock)
-        if run.device.type == "cuda":
-            line["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        if due:
-            line["val_nll"] = validation_loss(run)
-            if not math.isfinite(line["val_nll"]):
-                raise diverged(run, f"the held-out loss after step {done}")
-        if run.rank == 0:
-            speed = line.get("tokens_per_second", 0)
-            bar.set_postfix_str(f"ar {line['loss_ar']:.3f}, {speed:,.0f} tokens/s", refresh=False)
-            with open(config.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-            if due:
-                sample.save_curves(config.folder / "loss.png", config.folder / "metrics.jsonl")
-            if due or stop:
-                save(run, done)
-        if stop:
-            break
-        history, since, clock = [], done, time.time()  # nor are validation, saving and pictures in the speed
-    if run.world > 1:
-        dist.barrier()  # or torchrun, seeing others leave, would kill rank 0 while it saves
-    if run.rank == 0 and done == run.steps:
-        print(f"Done: {config.folder}/ holds checkpoint.pt, metrics.jsonl and the pictures.")
-    elif run.rank == 0:
-        print(f"Saved after step {done}. To go on: train.py --resume --name {config.name}")
-    if done < run.steps:
-        sys.exit(130)  # as for Ctrl-C
+    elif metrics.exists():
+        with tokenizer.reading(metrics, "list of metrics"):
+            lines = metrics.read_text().splitlines(keepends=True)
+            kept = "".join(line for line in lines if json.loads(line)["step"] <= run.start)
+    tokenizer.write_file(metrics, lambda file: file.write(kept.encode()))
+    settings = json.dumps(asdict(config), indent=1)
+    tokenizer.write_file(folder / "config.json", lambda file: file.write(settings.encode()))
 
 
 @tokenizer.enough_memory("raise --accumulate in a new run, or lower --batch, --image-size or --model")
+@ending_together()
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`, by default the process's own.
 
     Raises ValueError or OSError for a user's mistake, SystemExit for argparse's, or after a signal.
     """
-    with ExitStack() as held:
-        run = set_up(*parse_arguments(argv), held)
-        caught = []  # a signal is noted, and obeyed between two steps
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            before = signal.signal(kind, lambda number, frame: caught.append(number))
-            held.callback(signal.signal, kind, before)
-        try:
+    # Settings, and the processes that torchrun has started
+    config, given, resume = parse_arguments(argv)
+    rank, world = tokenizer.rank_and_world()
+    device = tokenizer.choose_device(config.device)
+    if world > 1:  # process 0 may train a tokenizer or write many gigabytes: the others wait for up to a day
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    checkpoint = {"step": 0}
+    if resume:
+        checkpoint = sample.load_checkpoint(config.folder / "checkpoint.pt", whole=True)
+        config = resumed_config(config, given, checkpoint["config"])
+    check_config(config, world)
+    if config.init and not resume:
+        init = sample.load_model(config.init, image_size=config.image_size)[0]
+    data = from_first(lambda: tokenizer.find_images(config.data))
+    if data == "shapes" != config.data:  # in place of Tiny ImageNet, as the run's name then says
+        config = replace(config, subset="", name=config.name + "-shapes")
+    config.data = data
+
+    # The run's folder: process 0 alone writes to it
+    if rank == 0 and not resume and (config.folder / "metrics.jsonl").exists():
+        raise ValueError(f"{config.folder} exists; go on with it (--resume), delete it or choose another "
+                         "--name.")
+    with tokenizer.locked(config.folder) if rank == 0 else nullcontext():
+        # Images, tokenizer, codes
+        images, others = (tokenizer.open_images(data, split, config.subset) for split in ("train", "val"))
+        config.tokenizer = str(from_first(lambda: tokenizer.find_tokenizer(config, images, device)))
+        vq = tokenizer.load_tokenizer(config.tokenizer, device)
+        meta = tokenizer.cache_meta(images, vq, config.image_size, config.crop_ratios)
+        if changed := [key for key in meta if resume and meta[key] != checkpoint["data"].get(key)]:
+            raise ValueError(f"{config.folder} was trained on other codes (another {', '.join(changed)}); name "
+                             "its images and its tokenizer with --data, --subset and --tokenizer.")
+        cache = tokenizer.token_cache(images, vq, config.image_size, config.crop_ratios, config.cache)
+        held_out = tokenizer.token_cache(others, vq, config.image_size, (), config.cache)
+        readable, T = int((cache.labels >= 0).sum()), cache.tokens.shape[2]
+        steps = config.steps or readable // config.batch * config.epochs
+        if readable < config.batch:
+            raise ValueError(f"{data} has {readable} training images, fewer than --batch {config.batch}.")
+        if config.positions >= T:
+            raise ValueError(f"--positions {config.positions}: an image has {T - 1} behind the class.")
+
+        # Student, teacher, optimizer
+        torch.manual_seed(config.seed)
+        student = Transformer(ModelConfig(
+            *SIZES[config.model], vocab_size=meta["codebook_size"], num_classes=len(images.classes),
+            num_tokens=T, dropout=config.dropout))
+        if config.init and not resume:
+            if replace(init.config, dropout=config.dropout) != student.config:
+                raise ValueError(f"--init {config.init} is {init.config}, but this run needs {student.config}.")
+            student.load_state_dict(init.state_dict())
+        objective = Objective(config, student).to(device)  # which makes the teacher, a copy of the student
+        optimizer = make_optimizer(objective, config)
+        dtype = None
+        if device.type == "cuda":  # Ampere is the first with bfloat16; float16 needs the loss scaled
+            dtype = torch.bfloat16 if sample.has_bfloat16(device) else torch.float16
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        run = Run(config, rank, world, device, dtype, vq, cache, held_out, objective, optimizer, scaler,
+                  checkpoint["step"], steps)
+        if resume:
+            with tokenizer.reading(config.folder / "checkpoint.pt", "checkpoint of this model"):
+                for name, part in states(run).items():
+                    if checkpoint[name]:  # the scaler's is empty unless it was in use
+                        part.load_state_dict(checkpoint[name])
+
+        # The loop
+        if rank == 0:
+            size = sum(p.numel() for p in student.parameters()) / 1e6
+            print(f"On a {'GPU' if device.type == 'cuda' else 'CPU'} --preset {config.preset} trains model "
+                  f"{config.model} ({size:.2f}M parameters) on {readable:,} images of {len(images.classes)} "
+                  f"classes for {steps:,} steps of {config.batch} images.")
+            open_folder(run)
+        with noted_signals() as caught:
             train(run, caught)
-        except RuntimeError:
-            if run.world > 1:
-                time.sleep(5)  # if another process has died, torchrun ends this one too, by SIGTERM
-                if caught:
-                    raise ConnectionError("another process of this run died; --resume goes on from the last "
-                                          f"checkpoint in {run.config.folder}.") from None
-            raise
-    if dist.is_initialized():
+    if world > 1:
         dist.destroy_process_group()
 
 
