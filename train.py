@@ -604,7 +604,7 @@ def main(argv: list[str] | None = None) -> None:
     config, given, resume = parse_arguments(argv)
     rank, world = tokenizer.rank_and_world()
     device = tokenizer.choose_device(config.device)
-    if world > 1:  # process 0 may train a tokenizer or write many gigabytes: the others wait for up to a day
+    if world > 1:  # others wait for a day, as process 0 may train a tokenizer or write many gigabytes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     checkpoint = {"step": 0}
     if resume:
@@ -637,6 +637,8 @@ def main(argv: list[str] | None = None) -> None:
         steps = config.steps or readable // config.batch * config.epochs
         if readable < config.batch:
             raise ValueError(f"{data} has {readable} training images, fewer than --batch {config.batch}.")
+        if checkpoint["step"] > steps:
+            raise ValueError(f"{config.folder} has done {checkpoint['step']} steps, more than {steps}.")
         if config.positions >= T:
             raise ValueError(f"--positions {config.positions}: an image has {T - 1} behind the class.")
 
