@@ -70,11 +70,11 @@ def measure(subject: Subject, args: argparse.Namespace) -> dict:
     K, (_, V, T) = len(train.meta["classes"]), train.tokens.shape
     rows, test_rows = choose(train, args.train_images, args.seed), choose(held_out, 0, args.seed)
     crops = np.random.default_rng(args.seed).random((len(rows), V)).argsort(1)[:, :args.crops]
-    features = extract(model, train.tokens[rows[:, None], crops].reshape(-1, T), subject.layers)
     images = torch.from_numpy(rows).repeat_interleave(crops.shape[1])  # the image that each crop is of
     labels = torch.from_numpy(train.labels)[images]
-    test_features = extract(model, held_out.tokens[test_rows, 0], subject.layers)
     test_labels = torch.from_numpy(held_out.labels)[test_rows]
+    features = extract(model, train.tokens[rows[:, None], crops].reshape(-1, T), subject.layers)
+    test_features = extract(model, held_out.tokens[test_rows, 0], subject.layers)
     probed = linear_probe(features, labels, images, test_features, test_labels, K, model.output.weight.device)
     where = product(subject.layers, [*(p + 1 for p in eight_positions(T)), "mean"])
     results["probe"] = [{"layer": n, "step": step} | numbers for (n, step), numbers in zip(where, probed)]
