@@ -15,10 +15,10 @@ paper's figures, and what draws them here (Fig. 3, the method, is in the table o
     python probe.py c2i_B_256.pt --vq vq_ds16_c2i.pt --data IMAGENET    # LlamaGen's checkpoint
 
 Position p has seen the class and p tokens, the last being its own, and predicts the next one. The paper
-counts from 1 and says "step": its step s is position s - 1. What leaves this file counts like the paper:
-the pictures, "step" in probe.json, and --map-positions. Layer n is the output of the n-th block. Shapes in
-comments: N images, B batch, V crops, T tokens, L layers, C width, G features probed side by side, H settings
-tried, K classes, g x g the token grid.
+counts positions from 1 and calls them steps: its step s is position s - 1. The pictures and "step" in
+probe.json count like the paper. Layer n is the output of the n-th block. Shapes in comments: N images, B
+batch, V crops, T tokens, L layers, C width, G features probed side by side, H settings tried, K classes,
+P positions, g x g the token grid.
 """
 
 import argparse
@@ -261,12 +261,10 @@ def attention_numbers(weights: torch.Tensor, grid: int) -> dict[str, list[float]
     reach = apart.amax(-1)  # 0: the same token, 1: a neighbour
     seen = weights[:, 1:, 1:]  # (L, T - 1, T - 1)
 
-    def share(of):
-        return (seen * of).sum(-1).mean(1).tolist()
-
+    shares = {kind: (seen * which).sum(-1).mean(1).tolist() for kind, which in
+              (("itself", reach == 0), ("neighbours", reach == 1), ("elsewhere", reach > 1))}
     distance = (seen * apart.norm(dim=-1)).sum((1, 2)) / seen.sum((1, 2))
-    return {"class": weights[:, 1:, 0].mean(1).tolist(), "itself": share(reach == 0),
-            "neighbours": share(reach == 1), "elsewhere": share(reach > 1), "distance": distance.tolist()}
+    return {"class": weights[:, 1:, 0].mean(1).tolist()} | shares | {"distance": distance.tolist()}
 
 
 def even_distance(num_tokens: int) -> float:
@@ -372,7 +370,7 @@ def draw_attention(subjects: list[Subject], rows: np.ndarray) -> Image.Image:
             for (weights, n), p in product(zip(maps, layers), positions):
                 seen = weights[n - 1, p, 1:]  # (T - 1,), without the class
                 seen = F.pad(seen / seen.max().clamp_min(1e-12), (0, 1)).view(grid, grid)
-                line.append(tinted(np.asarray(image), seen.numpy(), p - 1))  # the token at p is the p-th
+                line.append(tinted(np.asarray(image), seen.numpy(), p - 1))  # x_p, the current token
             cells.append(line)
             labels.append("layer " + ", ".join(dict.fromkeys(map(str, layers))))
     return montage(cells, labels, [one.name for one in subjects], [f"step {p + 1}" for p in positions],
@@ -425,7 +423,7 @@ def heat_map(tables: dict[str, dict[str, list[float]]], columns: list[str], titl
 
 def montage(cells: list[list[Image.Image]], rows: list[str], panels: list[str], columns: list[str],
             title: str) -> Image.Image:
-    """Rows of equal pictures, in panels side by side, each with the same columns; with the names of all."""
+    """Rows of equal pictures in panels side by side, which have the same columns; with the names of all."""
     font, (w, h) = ImageFont.load_default(24), (side + 4 for side in cells[0][0].size)
     left = 24 + max(int(font.getlength(row)) for row in rows)
     width = max(left + len(cells[0]) * w, int(font.getlength(title)) + 30)
@@ -453,10 +451,12 @@ def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> 
     """
     trained = sample.open_trained(path, args.vq, args.ema, args.image_size, device)
     model, vq, config = trained.model, trained.vq, trained.config
-    depth, existing = config.get("depth", model.config.n_layer // 2), range(1, model.config.n_layer + 1)
-    layers = [n for n in existing if n == depth or str(n) in args.layers or args.layers == ["all"]]
-    if args.layers != ["all"] and (unknown := set(args.layers) - set(map(str, existing))):
-        raise ValueError(f"{trained.name} has layers 1 ... {len(existing)}, or all; not {unknown.pop()}.")
+    depth = config.get("depth", model.config.n_layer // 2)
+    existing = [str(n) for n in range(1, model.config.n_layer + 1)]
+    wanted = existing if args.layers == ["all"] else args.layers
+    if not set(wanted) <= set(existing):
+        raise ValueError(f"{trained.name} has layers 1 ... {existing[-1]}, or all; not {' '.join(wanted)}.")
+    layers = sorted({depth, *map(int, wanted)})
 
     data = config.get("data") if args.data is None else args.data
     subset = config.get("subset", "") if args.subset is None else args.subset
@@ -467,8 +467,8 @@ def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> 
         try:
             tokenizer.download(*tokenizer.TINY_IMAGENET)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{path} was trained on Tiny ImageNet: put it at {data}, or name it with --data; "
-                             f"{error}") from None
+            raise ValueError(f"{path} was trained on Tiny ImageNet: put it at {data}, or name it with "
+                             f"--data; {error}") from None
     size, ratios = model.config.grid * vq.config.downsample, tuple(config.get("crop_ratios", (1.1,)))
     root = args.cache or config.get("cache", "cache")
     images = tokenizer.open_images(data, "train", subset)
