@@ -1719,8 +1719,8 @@ def test_probe_is_sgd_with_momentum_decay_and_a_falling_rate():
     correct, total = probe.evaluate(ours, 3 + x2[:, 3:4], labels2)  # moved: it must not normalise these anew
     for h, (rate, decay) in enumerate(settings[0].tolist()):
         linear = torch.nn.Linear(12, 4)
+        linear.weight.data.zero_(), linear.bias.data.zero_()
         plain = torch.nn.Sequential(torch.nn.BatchNorm1d(12, eps=1e-6, affine=False), linear)
-        torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
         optimizer = torch.optim.SGD(linear.parameters(), rate, 0.9, weight_decay=decay)
         fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 + 0.5 * math.cos(math.pi * i / 9))
         g = torch.Generator().manual_seed(0)
@@ -1830,13 +1830,15 @@ def test_consistency_and_interval_in_closed_form():
     close("interval", probe.wilson(8, 10), [0.49016, 0.94332], 1e-4)
 
 
-def test_attention_is_drawn_where_it_lies():
+def test_pictures_are_blue_where_they_should_be():
     """Each query looks at its own token: a red frame and a blue square cover the same quarter of the side."""
     subject = measured(np.zeros((44, 4, 16)), np.arange(44) % 4)[0]._replace(layers=[2])
     with patch.object(probe, "attention_maps", return_value=iter([torch.eye(16).expand(1, 3, 16, 16)])):
-        picture = np.asarray(probe.draw_attention([subject], np.array([0])))
-    coloured = (picture != picture[..., :1]).any(-1)  # neither grey nor black nor white
-    assert coloured.sum() == 4 * 36 ** 2 and coloured.any(1).sum() == 4 * 36  # one in each row of the grid
+        attention = probe.draw_attention([subject], np.array([0]))
+    codes = probe.draw_codes(subject, np.arange(3), {1: 0.1, 2: 0.2, 4: 0.3, 8: 0.4})
+    drawn, changed = ((pixels != pixels[..., :1]).any(-1) for pixels in map(np.asarray, (attention, codes)))
+    assert drawn.sum() == 4 * 36 ** 2 and drawn.any(1).sum() == 4 * 36  # one in each row of the grid
+    assert changed.any() and not changed[:, :changed.shape[1] // 6].any()  # the crop that did not move
 
 
 def test_probe_script():
@@ -1845,7 +1847,7 @@ def test_probe_script():
     results = json.loads((root / "figures" / "probe.json").read_text())
     one = results["runs"]["trained"]
     assert results["settings"]["crops"] == 2 and one["step"] == 1 and one["images"] == 4
-    assert len(one["probe"]) == 36 and all(r["interval"][0] <= r["accuracy"] for r in one["probe"])
+    assert len(one["probe"]) == 36 and all(r["n"] == 4 for r in one["probe"])  # the held-out images
     pictures = {path.stem for path in (root / "figures").glob("*.png")}
     assert pictures == {"probe", "layers", "attention", "mass", "distance", "cosine", "codes"}
 
