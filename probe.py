@@ -11,7 +11,7 @@ paper's figures, and what draws them here (Fig. 3, the method, is in the table o
     Fig. 6             sample.save_samples    generated images
 
     python probe.py runs/tiny-ar runs/tiny --out figures                # pictures and probe.json
-    python probe.py runs/tiny-ar runs/tiny --out figures --layers all   # also the table by layer and position
+    python probe.py runs/tiny-ar runs/tiny --out figures --layers all   # of every layer, not of one alone
     python probe.py c2i_B_256.pt --vq vq_ds16_c2i.pt --data IMAGENET    # LlamaGen's checkpoint
 
 Position p has seen the class and p tokens, the last being its own, and predicts the next one. The paper
@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from tqdm import tqdm
 
 import sample
 import tokenizer
@@ -129,7 +128,7 @@ def extract(model: Transformer, tokens: np.ndarray, layers: list[int], batch: in
     """
     positions = eight_positions(tokens.shape[1])
     features = torch.empty(len(tokens), 9 * len(layers), model.config.dim, dtype=torch.float16)
-    for start in tqdm(range(0, len(tokens), batch), "features", leave=False):
+    for start in tokenizer.progress(range(0, len(tokens), batch), "features", leave=False):
         hidden = run_frozen(model, tokens[start:start + batch], layers=tuple(layers)).hidden
         parts = []
         for n in layers:
@@ -178,7 +177,7 @@ def fit(features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, settin
     weights = list(probes.parameters())
     speeds = [torch.zeros_like(w) for w in weights]
     batches = math.ceil(len(rows) / BATCH)
-    for epoch in tqdm(range(EPOCHS), f"{G * H} probes", leave=False):
+    for epoch in tokenizer.progress(range(EPOCHS), f"{G * H} probes", leave=False):
         order = rows[torch.randperm(len(rows), generator=g)]
         for i, chunk in enumerate(order.tensor_split(batches)):
             loss = probes(features[chunk].to(device).float(), labels[chunk].to(device))[1]
@@ -323,20 +322,21 @@ def draw_probe(subjects: list[Subject], results: dict[str, dict]) -> dict[str, I
     """Figures 1b and 4: accuracy by position at each model's depth, with 95 % bands; and a table by layer."""
     T, K = subjects[0].model.config.num_tokens, len(subjects[0].train.meta["classes"])
     steps = [p + 1 for p in eight_positions(T)]
-    curves, bands, tables, widest = {}, {}, {}, 0
+    curves, pooled, bands, tables, widest = {}, {}, {}, {}, 0
     for subject in subjects:
         probed = results[subject.name]["probe"]
         accuracy = 100 * np.reshape([r["accuracy"] for r in probed], (-1, 9))  # (L, eight positions and mean)
         half = 50 * np.reshape([np.ptp(r["interval"]) for r in probed], (-1, 9))
         at = subject.layers.index(subject.depth)
-        legend = f"{subject.name} (mean-pooled {accuracy[at, 8]:.1f})"
-        curves[legend], bands[legend] = list(zip(steps, accuracy[at])), half[at, :8]
+        curves[subject.name], bands[subject.name] = list(zip(steps, accuracy[at, :8])), half[at, :8]
+        pooled[subject.name] = [(s, accuracy[at, 8]) for s in steps]
         tables[subject.name] = {f"layer {n}": line for n, line in zip(subject.layers, accuracy)}
         widest = max(widest, half.max())
     curves["chance"] = [(s, 100 / K) for s in steps]
-    title = f"Linear probe, top-1 %, by layer and step, ±{widest:.1f}"
-    return {"probe": sample.line_plot(curves, "bands: 95 %", f"step of {T}", "linear probe, top-1 %", bands),
-            "layers": heat_map(tables, [*map(str, steps), "mean"], title)}
+    plot = sample.line_plot(curves, "dashed: mean-pooled, bands: 95 %", f"position of {T}, counted from 1",
+                            "linear probe, top-1 %", bands, dashed=pooled)
+    title = f"Linear probe, top-1 %, by layer and position, ±{widest:.1f}"
+    return {"probe": plot, "layers": heat_map(tables, [*map(str, steps), "mean"], title)}
 
 
 def draw_numbers(subjects: list[Subject], results: dict[str, dict]) -> dict[str, Image.Image]:
@@ -353,7 +353,7 @@ def draw_numbers(subjects: list[Subject], results: dict[str, dict]) -> dict[str,
     distance["even"] = [(n, even) for n in range(1, deepest + 1)]
     return {"distance": sample.line_plot(distance, "", "layer", "attention distance, tokens"),
             "mass": heat_map(mass, list(MASSES), "Share of the attention by kind of key", 2),
-            "cosine": heat_map({"": cosine}, ["steps", "crops", "images"],
+            "cosine": heat_map({"": cosine}, ["positions", "crops", "images"],
                                "Mean cosine between features of different", 3)}
 
 
@@ -373,7 +373,7 @@ def draw_attention(subjects: list[Subject], rows: np.ndarray) -> Image.Image:
                 line.append(tinted(np.asarray(image), seen.numpy(), p - 1))  # x_p, the current token
             cells.append(line)
             labels.append("layer " + ", ".join(dict.fromkeys(map(str, layers))))
-    return montage(cells, labels, [one.name for one in subjects], [f"step {p + 1}" for p in positions],
+    return montage(cells, labels, [one.name for one in subjects], [f"position {p + 1}" for p in positions],
                    "Attention of the current token (red)")
 
 
@@ -491,7 +491,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="run folders or checkpoints (.pt), LlamaGen's too")
     add("--out", type=Path, default=Path("figures"), help="folder for the results")
-    add("--layers", nargs="+", default=[], help="layers to probe, or: all (default: the contrast depth)")
+    add("--layers", nargs="+", default=[], help="layers to probe beside the contrast depth, or: all")
     add("--train-images", type=within(int, 0), default=10_000, help="to learn the probe from; 0: all")
     add("--crops", type=within(int, 1), default=2, help="crops of each of these images, of ten or twenty")
     add("--images", type=within(int, 2), default=200, help="held-out ones for the other numbers")

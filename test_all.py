@@ -1885,7 +1885,7 @@ def test_probe_refuses():
     nowhere = altered(path, config=saved["config"] | {"data": ""})
     refuses_all(probe.main, f"""
         there is no file none       | none
-        holds a VQ tokenizer        | vq.pt
+        holds no class-conditional  | vq.pt
         trained with classes        | {renamed}
         differ in image_size 16 32  | runs/trained {finer}
         same name                   | runs/trained runs/trained
