@@ -328,6 +328,9 @@ def test_another_image_another_fingerprint():
     assert tokenizer.open_images(pack(root / "a", root / "a.zip")).fingerprint != zipped  # by its checksum
     picture.write_bytes(picture.read_bytes() + b"!")
     assert tokenizer.open_images(root / "a").fingerprint != before.fingerprint  # by its size
+    before = tokenizer.open_images(tiny_imagenet(root / "tiny"), "val").fingerprint
+    (root / "tiny" / "val" / "val_annotations.txt").write_text("v0.JPEG\tclass0\nv1.JPEG\tclass1\n")
+    assert tokenizer.open_images(root / "tiny", "val").fingerprint != before  # by its labels
 
 
 def test_pictures_of_every_kind():
@@ -472,20 +475,20 @@ def test_padding_by_hand():
 
 
 def test_quality_by_hand():
-    """Errors of 0.1 and of 0.9 of the range are 20 and 0.915 dB; two codes alike are a perplexity of 2."""
+    """Errors of 0.1 and, after clamping, of 0.498 of the range; two codes alike are a perplexity of 2."""
     class Grey(torch.nn.Linear):
         config = tokenizer.VQConfig(codebook_size=8)
 
         def encode(self, x):
             return (x[:, 0].flatten(1) > 0).long() + 3
 
-        def decode(self, codes):
-            return torch.full((len(codes), 3, 4, 4), -0.8)
+        def decode(self, codes):  # black as -0.8, grey as far too white
+            return torch.where(codes > 3, 5.0, -0.8).view(-1, 1, 4, 4).expand(-1, 3, 4, 4)
 
-    black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 4, 4, 3)
+    black_and_grey = torch.tensor([0, 128], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 4, 4, 3)
     with patch.object(tokenizer, "AT_A_TIME", 4 ** 2):  # one image at a time
-        quality = tokenizer.evaluate_tokenizer(Grey(1, 1), black_and_white)
-    close("PSNR", quality["psnr"], (20 - 20 * math.log10(0.9)) / 2)
+        quality = tokenizer.evaluate_tokenizer(Grey(1, 1), black_and_grey)
+    close("PSNR", quality["psnr"], (20 - 20 * math.log10(127 / 255)) / 2)
     close("usage", quality["usage"], 2 / 8)
     close("perplexity", quality["perplexity"], 2)
 

@@ -475,14 +475,6 @@ def held_out_pixels(images: ImageSet, size: int, count: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([p for p in pixels if p is not None]))
 
 
-def print_quality(path: str | Path, vq: VQModel, images: ImageSet, size: int) -> None:
-    """One line about the tokenizer at `path` on at most 1000 of the held-out `images`."""
-    pixels = held_out_pixels(images, size, 1000)
-    quality = evaluate_tokenizer(vq, pixels)
-    print(f"{path}: PSNR {quality['psnr']:.2f} dB, {quality['usage']:.1%} of {vq.config.codebook_size} codes "
-          f"used, perplexity {quality['perplexity']:.0f} on {len(pixels)} held-out images")
-
-
 def find_tokenizer(settings, images: ImageSet, device) -> Path:
     """The file that train.py's `settings` ask for: "shipped", "train" (now, if there is none yet) or a file.
 
@@ -1311,7 +1303,10 @@ def main(argv: list[str] | None = None) -> None:
     vq = train_tokenizer(images, args.image_size, config, args.steps, args.batch, seed=args.seed,
                          device=device)
     save_tokenizer(args.out, vq)
-    print_quality(args.out, vq, held_out, args.image_size)
+    pixels = held_out_pixels(held_out, args.image_size, 1000)
+    quality = evaluate_tokenizer(vq, pixels)
+    print(f"{args.out}: PSNR {quality['psnr']:.2f} dB, {quality['usage']:.1%} of {args.codes} codes used, "
+          f"perplexity {quality['perplexity']:.0f} on {len(pixels)} held-out images")
 
 
 if __name__ == "__main__":
