@@ -397,6 +397,8 @@ def test_crops():
     assert not np.array_equal(crops[9], crops[4][:, ::-1])  # with an odd margin the centres differ
     assert np.array_equal(tokenizer.center_crop(Image.fromarray(p[:70]), 70), p[:70, 105:175])
     assert np.array_equal(tokenizer.center_crop(Image.fromarray(p[:, :70]), 70), p[105:175, :70])
+    halved = np.asarray(tokenizer.center_crop(Image.fromarray(p[:64, :64]), 32), float)
+    assert abs(halved - p[:64, :64].reshape(32, 2, 32, 2, 3).mean((1, 3))).max() <= 1  # means of 2 x 2
     wide = Image.fromarray(p[:70])
     twenty = tokenizer.all_crops(wide, 32, (1.1, 1.05))
     assert len(twenty) == 20 and np.array_equal(twenty[10:], tokenizer.ten_crops(wide, 32, 1.05))
@@ -609,7 +611,7 @@ def test_tokenizer_files_of_another_kind():
                            ("expected VQ", {"model": {}}),
                            ("holds a transformer", {"model": tiny_model().state_dict()}),
                            ("nan", {"model": tokenizer.VQModel(tokenizer.VQ_DS4).state_dict()
-                                    | {"quant_conv.bias": torch.full((8,), math.nan)}})):
+                                    | {"quant_conv.bias": torch.tensor([0.0] * 7 + [math.nan])}})):
         refuses(ValueError, words, tokenizer.load_tokenizer, altered(root / "vq.pt", **changes))
     state = torch.load(root / "vq.pt", weights_only=True)["model"] | {"surprise": torch.ones(3)}
     refuses(ValueError, "surprise", tokenizer.load_tokenizer, altered(root / "vq.pt", model=state))
@@ -665,9 +667,13 @@ def test_an_error_stands_alone_on_its_line():
                          (MemoryError(), "too little memory; lower --batch."),
                          (full, "too little memory to allocate 20.00 GiB; lower --batch.")):
         said = io.StringIO()
-        with contextlib.redirect_stderr(said):
-            refuses(SystemExit, words, tokenizer.run_script, lambda: main(error), "It goes on.")
-        assert "counting" in said.getvalue() and said.getvalue().endswith("\n"), said.getvalue()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                tokenizer.run_script(lambda: main(error), "It goes on.")
+        except SystemExit as end:
+            assert words in str(end) and "counting" in said.getvalue() and said.getvalue().endswith("\n")
+        else:
+            raise AssertionError("it goes on")
     for name, words in (("banana", "cpu, cuda"), ("mps", "untested CPU minutes"), ("cuda:99", "GPU 99")):
         refuses(ValueError, words, tokenizer.choose_device, name)
     cuda = dict(is_available=lambda: True, device_count=lambda: 1, set_device=lambda number: None,
