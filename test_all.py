@@ -658,7 +658,7 @@ def test_downloads_are_checked():
 def test_an_error_stands_alone_on_its_line():
     """Bars are closed before it is printed; a full memory or a useless device is one sentence."""
     def main(error):
-        with tokenizer.enough_memory("lower --batch"):
+        with tokenizer.enough_memory("lower --batch"), tokenizer.progress(desc="waiting", total=2):
             for _ in tokenizer.progress(range(3), "counting"):
                 raise error
 

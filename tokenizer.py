@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -945,19 +944,18 @@ def _encode(parts: dict[range, Path], images: ImageSet, vq: VQModel, size: int,
     groups = [(rows, rows[i:i + count]) for rows in missing for i in range(0, len(rows), count)]
     crops = read_ahead(read_pixels(images, group, lambda image: all_crops(image, size, ratios))
                        for _, group in groups)
-    bar = progress(desc=f"encoding {Path(images.source).name} {images.split}", unit="image",
-                   total=sum(map(len, missing)))
+    what, total = f"encoding {Path(images.source).name} {images.split}", sum(map(len, missing))
     codes = []  # of the part that is being filled
-    for (rows, group), found in zip(groups, crops):
-        pixels = np.stack([blank if image is None else image for image in found])  # (B, V, S, S, 3)
-        tokens = encode_pixels(vq, torch.from_numpy(pixels).flatten(0, 1)).unflatten(0, pixels.shape[:2])
-        tokens[[image is None for image in found]] = UNREADABLE
-        codes.append(tokens.numpy().astype(np.uint16))  # (B, V, T)
-        bar.update(len(group))
-        if group.stop == rows.stop:
-            whole, codes = np.concatenate(codes), []
-            write_file(missing[rows], lambda file: np.save(file, whole))
-    bar.close()
+    with progress(desc=what, total=total, unit="image") as bar:
+        for (rows, group), found in zip(groups, crops):
+            pixels = np.stack([blank if image is None else image for image in found])  # (B, V, S, S, 3)
+            tokens = encode_pixels(vq, torch.from_numpy(pixels).flatten(0, 1)).unflatten(0, pixels.shape[:2])
+            tokens[[image is None for image in found]] = UNREADABLE
+            codes.append(tokens.numpy().astype(np.uint16))  # (B, V, T)
+            bar.update(len(group))
+            if group.stop == rows.stop:
+                whole, codes = np.concatenate(codes), []
+                write_file(missing[rows], lambda file: np.save(file, whole))
 
 
 def _join(folder: Path, parts: dict[range, Path], images: ImageSet, meta: dict) -> None:
@@ -1022,16 +1020,14 @@ def choose_device(name: str = "") -> torch.device:
     return device
 
 
-_bars = weakref.WeakSet()  # of `progress`: closed before an error is printed
-
-
 def progress(iterable: Iterable | None = None, desc: str = "", total: int | None = None, **settings) -> tqdm:
-    """A tqdm bar on rank 0 alone; without a terminal, as in a batch job's log, it writes once a minute."""
+    """A tqdm bar on rank 0 alone; without a terminal, as in a batch job's log, it writes once a minute.
+
+    To be used as `for x in progress(...)` or `with progress(...)`, which close it before an error is printed.
+    """
     if not sys.stderr.isatty():
         settings |= dict(mininterval=60, maxinterval=60)
-    bar = tqdm(iterable, desc, total, disable=rank_and_world()[0] != 0, **settings)
-    _bars.add(bar)
-    return bar
+    return tqdm(iterable, desc, total, disable=rank_and_world()[0] != 0, **settings)
 
 
 def read_ahead(batches: Iterable) -> Iterator:
@@ -1069,11 +1065,7 @@ def _is_memory(error: Exception) -> bool:
 def run_script(main: Callable, goes_on: str) -> None:
     """Run a script's `main`: a user's mistake ends it in one sentence, Ctrl-C by saying what `goes_on`."""
     try:
-        try:
-            main()
-        finally:
-            for bar in list(_bars):
-                bar.close()
+        main()
     except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
