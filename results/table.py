@@ -193,18 +193,33 @@ def minutes() -> str:
     return markdown(["", "AR, minutes", "ST-AR, minutes", "ratio"], rows)
 
 
+def perfect(steps: int, prefix: str, reference: str) -> float:
+    """FD-c of real images that went through the tokenizer: what a perfect model of its codes would score.
+
+    As few images as are held out of the twenty classes would have a distance by their number alone; there one
+    half of the training images is scored against the other. With 200 classes 10,000 are held out.
+    """
+    scores = RUNS[steps, prefix + "ar"][0]["scores"]
+    if reference == "originals":
+        return scores["originals"]["reconstructions"]["FD-c"]
+    if prefix == "200-":
+        return scores["reconstructions"]["held-out"]["FD-c"]
+    half = json.loads((ROOT / "results/real-half.json").read_text())
+    return half["scores"]["real-half"]["FD-c"]
+
+
 def real_images() -> str:
     """What each classifier says of real images."""
     rows = []
     for key, line in CLASSIFIERS.items():
-        decoded, originals = line["scores"]["reconstructions"]["held-out"], line["scores"]["originals"]
-        held_out, floor = originals["held-out"], originals["reconstructions"]
-        scored = sum(classifier(line) == key for seeds in RUNS.values() for line in seeds.values())
-        rows.append([LETTERS[key], scored, f"{100 * decoded['class agreement']:.1f}",
-                     f"{decoded['FD-c']:.3f}", f"{decoded['IS-c']:.2f}", f"{held_out['FD-c']:.3f}",
-                     f"{floor['FD-c']:.3f}"])
-    return markdown(["classifier", "runs scored", "class agreement", "FD-c", "IS-c", "originals: FD-c",
-                     "decoded to originals: FD-c"], rows)
+        scored = sum(classifier(other) == key for seeds in RUNS.values() for other in seeds.values())
+        decoded, originals = (line["scores"][reference] for reference in ("reconstructions", "originals"))
+        kind = "held-out" if "held-out" in decoded else "real-half"
+        rows.append([LETTERS[key], scored, kind, f"{100 * decoded[kind]['class agreement']:.1f}",
+                     f"{decoded[kind]['FD-c']:.3f}", f"{decoded[kind]['IS-c']:.2f}",
+                     f"{originals[kind]['FD-c']:.3f}", f"{originals['reconstructions']['FD-c']:.3f}"])
+    return markdown(["classifier", "runs scored", "images", "class agreement", "FD-c", "IS-c",
+                     "originals: FD-c", "decoded to originals: FD-c"], rows)
 
 
 def gradients() -> str:
@@ -230,6 +245,10 @@ def summary() -> str:
             means = [f"{np.mean([value(line) for line in seeds]):.{decimals}f}"
                      for value, decimals in columns.values()]
             rows.append([f"{title}, {NAMES[variant].strip('*')}", *means])
+        held_out = RUNS[steps, prefix + "ar"][0]["scores"]["reconstructions"]["held-out"]
+        rows.append([f"{title}, *real images*", "", "", f"{100 * held_out['class agreement']:.0f}", "",
+                     f"{perfect(steps, prefix, 'reconstructions'):.2f}",
+                     f"{perfect(steps, prefix, 'originals'):.2f}"])
     return markdown(["", *columns], rows)
 
 
@@ -301,15 +320,40 @@ def draw_probe() -> None:
     """The probe's accuracy by position, and dashed that of mean-pooled features; bands as in `cell`."""
     panels = []
     for title, (steps, prefix) in FIFTY_EPOCHS.items():
-        lines, bands = {}, {}
+        lines, bands, dashed = {}, {}, {}
         for name, variant in PAIR.items():
             seeds = list(RUNS[steps, prefix + variant].values())
             places = [list(values) for values in zip(*map(curve, seeds))]  # eight positions, of all seeds
             lines[name] = [(8 * i, np.mean(values)) for i, values in enumerate(places, 1)]
             bands[name] = [mean_and_half(values)[1] if len(values) > 2 else np.ptp(values) / 2
                            for values in places]  # of two seeds: from one to the other
-        panels.append(plot(lines, title, "position", "probe, top-1 %", bands=bands))
+            dashed[name] = [(x, np.mean([pooled(line) for line in seeds])) for x in (8, 64)]
+        panels.append(plot(lines, title, "position", "probe, top-1 %", bands=bands, dashed=dashed))
     draw("probe.png", [panels])
+
+
+def draw_guidance() -> None:
+    """FD-c over class agreement at the guidance scales, to both references, seeds thin and their mean thick.
+
+    One classifier scored all of a panel: of the twenty classes seeds 0 and 1. Dashed: what real images score.
+    """
+    grid = []
+    for reference, what in (("reconstructions", "decoded"), ("originals", "originals")):
+        panels = []
+        for title, (steps, prefix) in FIFTY_EPOCHS.items():
+            thin, floor = {}, perfect(steps, prefix, reference)
+            for name, variant in PAIR.items():
+                scales = [sorted(guided(RUNS[steps, prefix + variant][seed], reference).items())
+                          for seed in (0, 1)]
+                thin[name] = [[(100 * row["class agreement"], row["FD-c"]) for _, row in rows]
+                              for rows in scales]
+            lines = {name: [tuple(point) for point in np.mean(seeds, 0)] for name, seeds in thin.items()}
+            places = [x for line in lines.values() for x, _ in line]
+            dashed = {"real images": [(min(places), floor), (max(places), floor)]}
+            panels.append(plot(lines | {"real images": []}, title, "class agreement, %", f"FD-c to {what}",
+                               thin=thin, dashed=dashed))
+        grid.append(panels)
+    draw("guidance.png", grid)
 
 
 def draw_distance() -> None:
@@ -328,8 +372,9 @@ def draw_distance() -> None:
 def draw_lengths() -> None:
     """What ST-AR gives and costs over the length of training; compared with AR seed by seed."""
     last = UNDERSTANDING["last position"][0]
-    measured = [("", "probe, last position, top-1 %", lambda line, ar: last(line)),
-                ("", "held-out loss less AR's, nats", lambda line, ar: held_out_loss(line) - held_out_loss(ar))]
+    measured = [
+        ("", "probe, last position, top-1 %", lambda line, ar: last(line)),
+        ("", "held-out loss less AR's, nats", lambda line, ar: held_out_loss(line) - held_out_loss(ar))]
     for reference, what in (("reconstructions", "decoded"), ("originals", "originals")):
         for cfg in (1, 1.5):
             distance = score("FD-c", cfg, reference)
@@ -367,7 +412,7 @@ def draw_sweeps() -> None:
 
 def main() -> None:
     """Everything that is made of the recorded runs; SystemExit if a page lacks a mark."""
-    for picture in (draw_probe, draw_distance, draw_lengths, draw_sweeps):
+    for picture in (draw_probe, draw_guidance, draw_distance, draw_lengths, draw_sweeps):
         picture()
     fill("results/README.md", tables())
     fill("README.md", {"this": summary()})
