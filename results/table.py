@@ -36,18 +36,6 @@ SWEEPS = {
     "positions": ("K", {2: ("k-2", 27.50), 4: ("all", 26.58), 8: ("k-8", 26.54), 16: ("k-16", 25.78)})}
 
 
-def read_runs() -> dict[tuple[int, str], dict[int, dict]]:
-    """{(steps, variant): {seed: line}} of runs.jsonl, whose runs are named VARIANT-STEPS-sSEED.
-
-    Of two lines of one run the later counts.
-    """
-    runs = {}
-    for line in map(json.loads, (ROOT / "results/runs.jsonl").read_text().splitlines()):
-        variant, steps, seed = re.fullmatch(r"(.+)-(\d+)-s(\d+)", line["run"]).groups()
-        runs.setdefault((int(steps), variant), {})[int(seed)] = line
-    return runs
-
-
 # ---- Columns: {heading: (value of a line, decimals)} -------------------------------------------------------
 
 def curve(line: dict, layer: int | None = None) -> list[float]:
@@ -85,9 +73,12 @@ def classifier(line: dict) -> str:
     return f"{line['scores']['reconstructions']['held-out']['class agreement']:.4f}"
 
 
-RUNS = read_runs()
+RUNS = {}  # (steps, variant) -> {seed: line}, of two lines of one run the later
 CLASSIFIERS = {}  # classifier -> the first line that it scored
-for one in (line for seeds in RUNS.values() for line in seeds.values()):
+for text in (ROOT / "results/runs.jsonl").read_text().splitlines():
+    one = json.loads(text)
+    variant, steps, seed = re.fullmatch(r"(.+)-(\d+)-s(\d+)", one["run"]).groups()
+    RUNS.setdefault((int(steps), variant), {})[int(seed)] = one
     CLASSIFIERS.setdefault(classifier(one), one)
 LETTERS = dict(zip(CLASSIFIERS, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 
