@@ -137,7 +137,8 @@ def table(rows: dict[str, dict[int, dict]], columns: dict, against: str = "") ->
     """A table of {name: {seed: line}}; below it each row's difference to the row `against`, seed by seed."""
     text = []
     for name, seeds in rows.items():
-        text.append([name, len(seeds), *(cell([value(line) for line in seeds.values()], decimals)
+        lines = [line for _, line in sorted(seeds.items())]
+        text.append([name, len(seeds), *(cell([value(line) for line in lines], decimals)
                                          for value, decimals in columns.values())])
     for name, seeds in rows.items() if against else ():
         both = sorted(seeds.keys() & rows[against].keys())
@@ -205,8 +206,9 @@ def real_images() -> str:
     for key, line in CLASSIFIERS.items():
         scored = sum(classifier(other) == key for seeds in RUNS.values() for other in seeds.values())
         decoded, originals = (line["scores"][reference] for reference in ("reconstructions", "originals"))
-        kind = "held-out" if "held-out" in decoded else "real-half"
-        rows.append([LETTERS[key], scored, kind, f"{100 * decoded[kind]['class agreement']:.1f}",
+        kind = "held-out" if "held-out" in decoded else "real-half"  # which has no labels
+        agreement = decoded[kind]["class agreement"]
+        rows.append([LETTERS[key], scored, kind, "" if agreement is None else f"{100 * agreement:.1f}",
                      f"{decoded[kind]['FD-c']:.3f}", f"{decoded[kind]['IS-c']:.2f}",
                      f"{originals[kind]['FD-c']:.3f}", f"{originals['reconstructions']['FD-c']:.3f}"])
     return markdown(["classifier", "runs scored", "images", "class agreement", "FD-c", "IS-c",
@@ -282,8 +284,8 @@ def fill(page: str, texts: dict[str, str]) -> None:
     for name, text in texts.items():
         start, end = f"<!-- results/table.py writes {name} -->", "<!-- to here -->"
         before, found, rest = content.partition(start)
-        _, ended, after = rest.partition(end)
-        if not found or not ended:
+        between, ended, after = rest.partition(end)
+        if not found or not ended or "<!--" in between:  # the last: the end of another table
             raise SystemExit(f"{page} has no line {start} with a line {end} below it; add both, and the "
                              "table will stand between them.")
         content = f"{before}{start}\n\n{text}\n\n{end}{after}"
