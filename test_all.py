@@ -2423,7 +2423,6 @@ def test_damaged_files_are_refused():
         folder / "checkpoint.pt": {sample.main: trained, probe.main: trained, train.main: resume},
         folder / "tokenizer.pt": {sample.main: trained, train.main: resume},
         cache / "tokens.npy": {probe.main: trained, train.main: resume},
-        cache / "meta.json": {probe.main: trained, train.main: resume},
         root / "samples.npz": {fid.main: scoring},
     }.items():
         whole = file.read_bytes()
