@@ -1,6 +1,6 @@
 """All tests: oracles, closed forms, invariants, bad input; real runs that are killed, resumed and split.
 
-    python test_all.py            # everything, offline, under 3 minutes on 2 CPU cores
+    python test_all.py            # everything, offline, some 90 seconds on two quiet cores
     python test_all.py nce mask   # only tests whose name contains one of these words
     python test_all.py --stress   # instead: a job killed thirty times; 1, 2 and 4 processes compared
 
@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import resource
 import runpy
 import shutil
 import signal
@@ -2549,24 +2548,20 @@ def cuda_test_all_gpus_equal_the_cpu():
 
 # ---- Stress: python test_all.py --stress -------------------------------------------------------------------
 
-def start_together(folder, world, script, *argv):
-    """A script as `world` processes that find each other without torchrun: one can kill them all at once."""
+def killed(folder, world, seconds, script, *argv):
+    """Run a script as `world` processes, which must succeed; after so many seconds kill all and return True.
+
+    They find each other without torchrun, which would not take its processes along.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), OMP_NUM_THREADS="1",
                      WORLD_SIZE=str(world))
-    command = [sys.executable, HERE / script, *words_for_cpu(argv)]
-    processes = []
+    command, processes, end = [sys.executable, HERE / script, *words_for_cpu(argv)], [], time.time() + seconds
     for rank in map(str, range(world)):
         with open(folder / f"log-{rank}", "w") as log:
             processes.append(subprocess.Popen(command, cwd=folder, stdout=log, stderr=log,
                                               env=os.environ | place | dict(RANK=rank, LOCAL_RANK=rank)))
-    return processes
-
-
-def killed(folder, processes, seconds=math.inf):
-    """Wait for processes, which must succeed; after so many seconds kill all at once and return True."""
-    end = time.time() + seconds
     while None in (codes := [process.poll() for process in processes]) or any(codes):
         assert not any(codes), "".join(log.read_text()[-2000:] for log in folder.glob("log-*"))
         if time.time() > end:
@@ -2587,14 +2582,14 @@ def job(world, moments=()):
     for command in (training, sampling):
         for seconds in [*moments, math.inf]:
             begun = command is training and (folder / "runs/job/checkpoint.pt").exists()
-            if not killed(folder, start_together(folder, world, *command, *["--resume"] * begun), seconds):
+            if not killed(folder, world, seconds, *command, *["--resume"] * begun):
                 break
             kills += 1
-    content = checkpoint(folder / "runs/job")
-    states = [content[key] for key in ("model", "ema", "projector", "optimizer", "step", "data")]
-    lines = [line | {"tokens_per_second": 0} for line in metrics(folder / "runs/job")]  # but for the clock
+    states, lines = checkpoint(folder / "runs/job"), metrics(folder / "runs/job")
+    left = [states[key] for key in ("model", "ema", "projector", "optimizer", "step", "data")]
+    left += [line | {"tokens_per_second": 0} for line in lines]  # all but the clock
     with np.load(folder / "job.npz") as file:
-        return (states, lines, {key: file[key].tolist() for key in file.files}), kills
+        return left + [file[key].tolist() for key in file.files], kills
 
 
 def stress_killed_thirty_times():
@@ -2605,8 +2600,8 @@ def stress_killed_thirty_times():
         whole, _ = job(world)
         seconds = time.time() - start
         while kills < 15 * world:
-            found, more = job(world, rng.uniform(0, seconds, 8))
-            assert all(map(same, found, whole)), f"{world} process(es), {more} kills"
+            left, more = job(world, rng.uniform(0, seconds, 8))
+            assert same(left, whole), f"{world} process(es), {more} kills"
             kills += more
     return f"{kills} kills of jobs of 1 and 2 processes, all ended bit-identical"
 
@@ -2616,7 +2611,7 @@ def stress_one_two_and_four_processes():
     lines, ends = [], []
     for name in (f"world-{world}" for world in (1, 2, 4)):
         settings = [*SMALL, "--steps", 50, "--save-every", 50, "--name", name]
-        killed(workshop(), start_together(workshop(), int(name[-1]), "train.py", *settings))
+        killed(workshop(), int(name[-1]), math.inf, "train.py", *settings)
         lines.append(metrics(name))
         ends.append(checkpoint(name))
     torch.manual_seed(0)  # as train.py begins
