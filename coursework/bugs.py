@@ -51,14 +51,16 @@ BUGS = """
 +        logits, features, _ = self.student(inputs[0], seen, key_mask=mask, layers=(depth, last))
 
 5 train.py
--    run.optimizer.step()
--    run.optimizer.zero_grad()
+-    scaler.step(optimizer)
+-    scaler.update()
+-    optimizer.zero_grad()
 -    decay = ema_decay(config, step, run.steps)
 -    losses.update_ema(run.objective.teacher, run.objective.student, decay)  # after theta has moved
 +    decay = ema_decay(config, step, run.steps)
 +    losses.update_ema(run.objective.teacher, run.objective.student, decay)
-+    run.optimizer.step()
-+    run.optimizer.zero_grad()
++    scaler.step(optimizer)
++    scaler.update()
++    optimizer.zero_grad()
 
 6 losses.py
 -    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
