@@ -1094,13 +1094,11 @@ def test_losses_of_a_batch_by_hand():
     close("Eq. 8", log["loss"], log["loss_ar"] + mim + 0.5 * (step + view) / 2)
 
 
-def test_networks_and_losses_are_one_graph_without_data():
-    """fullgraph refuses what would break the graph; meta tensors what the host of a GPU would wait for."""
+def test_a_step_needs_no_data():
+    """A tensor of the host or a shape that depends on data would stall a GPU; on meta tensors it fails."""
     config = a_config()
-    batch, objective = train.draw_batch(config, a_cache(), 0, 0, 1), an_objective(config, n_layer=2)
-    graph = torch.compile(objective, backend="eager", fullgraph=True)
-    assert same(graph(*batch), objective(*batch))
-    log = objective.to("meta")(*(x.to("meta") for x in batch))
+    batch, objective = train.draw_batch(config, a_cache(), 0, 0, 1), an_objective(config).to("meta")
+    log = objective(*(x.to("meta") for x in batch))
     log["loss"].backward()
     losses.update_ema(objective.teacher, objective.student, 0.9)
     assert all(value.shape == () and value.is_meta for value in log.values())
@@ -1138,20 +1136,20 @@ def test_an_optimizer_step_by_hand():
 
 
 def test_float16_skips_a_step_that_overflows_and_goes_on():
-    """As on an old GPU: only the teacher moves, and the scale is halved; later steps are as in float32."""
+    """As on an old GPU: only the teacher moves, and the scale is halved; the next step is as in float32."""
     config = a_config(ema=0.9)
     half, single = (a_run(config, an_objective(config), dtype) for dtype in (torch.float16, None))
     half.scaler.load_state_dict(half.scaler.state_dict() | {"scale": 2.0 ** 100})
     before = copy.deepcopy(half.objective.state_dict())
     log = train.train_step(half, half.objective, train.load_batch(half, 0), 0)
-    after, scale = half.objective.state_dict(), half.scaler.get_scale()
-    assert log["loss"].isfinite() and log["grad_norm"] == 0 and scale == 2.0 ** 99
-    assert {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])} == {"teacher"}
+    assert log["loss"].isfinite() and log["grad_norm"] == 0 and half.scaler.get_scale() == 2.0 ** 99
+    moved = [name for name, value in half.objective.state_dict().items() if not same(value, before[name])]
+    assert moved and all(name.startswith("teacher.") for name in moved)
     half.scaler.load_state_dict(half.scaler.state_dict() | {"scale": 2.0 ** 10})
-    logs = [train.train_step(run, run.objective, train.load_batch(run, 1), 1) for run in (half, single)]
+    a, b = (train.train_step(run, run.objective, train.load_batch(run, 1), 1) for run in (half, single))
     for name in ("loss", "grad_norm"):
-        close(name, logs[0][name], logs[1][name], 0.01)
-    assert not same(half.objective.student.state_dict(), single.objective.student.state_dict())  # rounded
+        close(name, a[name], b[name], 0.01)
+    assert a["loss"] != b["loss"]  # it is rounded
 
 
 def test_dropout_is_new_in_every_step_and_never_the_teachers():
@@ -1250,37 +1248,31 @@ def test_two_processes_equal_one():
     for name in one.keys() - {"tokens_per_second"}:
         close(name, two[name], one[name])
     a, b = (checkpoint(name)["optimizer"]["state"] for name in ("trained", "two"))
-    names = len(checkpoint("two")["model"]) + len(checkpoint("two")["projector"])
-    assert len(a) == len(b) == names  # every parameter has been stepped, the projector's too
+    assert len(a) == len(b) > len(checkpoint("two")["model"])  # the projector has been stepped, too
     for i in a:
         difference = (a[i]["exp_avg"] - b[i]["exp_avg"]).norm()
         assert difference <= 1e-5 * a[i]["exp_avg"].norm() + 1e-9, (i, difference)
 
 
 def test_accumulation_equals_one_batch():
-    """Without contrast there is nothing that a micro-batch lacks."""
-    for pieces in (1, 4):
-        run(train.main, *SMALL, "--name", f"in-{pieces}", "--steps", 2, "--losses", "ar+mim",
+    """Without contrast there is nothing that a micro-batch lacks; with it, some of the negatives."""
+    for pieces, losses_on in ((1, "ar+mim"), (4, "ar+mim"), (2, "ar+view")):
+        run(train.main, *SMALL, "--name", f"in-{pieces}", "--steps", 2, "--losses", losses_on,
             "--accumulate", pieces)
-    assert len(metrics("in-1")) == 2
-    for a, b in zip(metrics("in-1"), metrics("in-4")):
+    for a, b in zip(metrics("in-1"), metrics("in-4"), strict=True):
         assert all(abs(a[name] - b[name]) < 1e-4 for name in ("loss", "loss_ar", "loss_mim", "grad_norm"))
-    run(train.main, *SMALL, "--name", "halves", "--steps", 1, "--accumulate", 2)
-    assert metrics("halves")[0]["negatives"] == 3  # with contrast there is
+    assert metrics("in-2")[0]["negatives"] == 3
 
 
 def test_a_run_begins_with_its_seed():
-    """Seen after a step that hardly moves; the teacher begins as the student, the next seed elsewhere."""
-    for seed in (0, 1):
-        run(train.main, *SMALL, "--name", f"seed-{seed}", "--steps", 1, "--base-lr", 1e-9, "--seed", seed)
-        begun = checkpoint(f"seed-{seed}")
-        torch.manual_seed(seed)
-        start = model.Transformer(model.ModelConfig(**begun["model_config"])).state_dict()
-        for name, value in start.items():
-            close(name, begun["model"][name], value, 1e-7)
-            close(name, begun["ema"][name], value, 1e-7)
-    assert not torch.equal(begun["model"]["tok_embeddings.weight"],
-                           checkpoint("seed-0")["model"]["tok_embeddings.weight"])
+    """Seen after a step that hardly moves; the teacher begins as the student."""
+    run(train.main, *SMALL, "--name", "seeded", "--steps", 1, "--base-lr", 1e-9, "--seed", 7)
+    begun = checkpoint("seeded")
+    torch.manual_seed(7)
+    start = model.Transformer(model.ModelConfig(**begun["model_config"])).state_dict()
+    for name, value in start.items():
+        close(name, begun["model"][name], value, 1e-7)
+        close(name, begun["ema"][name], value, 1e-7)
 
 
 PATIENCE = 300  # seconds for a launched script to do what a quiet machine does in ten
@@ -1314,7 +1306,11 @@ def test_killed_and_resumed_is_bit_identical():
     run(train.main, *settings, "--name", "killed", "--resume")
     run(train.main, *settings, "--name", "whole")
     same_run("killed", "whole")
-    assert len(metrics("whole")) == 12
+    grid = workshop() / "runs/whole/samples/0000012.png"  # without dropout, as sample.py draws it
+    of_sample = sample.open_trained(grid.parents[1], None, False, 16, "cpu")
+    sample.save_samples(grid.with_name("again.png"), of_sample.model, of_sample.vq, 2, of_sample.classes, 0,
+                        cfg=2.0)
+    assert grid.read_bytes() == grid.with_name("again.png").read_bytes()
 
 
 def test_signals_save_and_end():
@@ -1340,16 +1336,12 @@ def test_signals_save_and_end():
 
 
 def test_one_of_two_processes_killed():
-    """The other ends without a traceback, the checkpoint stays, and both go on from it."""
-    settings = [*SMALL, "--save-every", 20, "--log-every", 2, "--samples", 0, "--name", "bereft"]
-    noting = workshop() / "noting.py"  # train.py, which first writes down its process id
-    noting.write_text(f"""import os, pathlib, runpy, sys
-sys.path.insert(0, {str(HERE)!r})
-pathlib.Path("pid-" + os.environ["RANK"]).write_text(str(os.getpid()))
-runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")""")
-    process = launch(noting, *settings, "--steps", 5000, processes=2)
+    """The other ends without a traceback of its own, and the last checkpoint stays."""
+    settings = ["--steps", 5000, "--save-every", 20, "--log-every", 2, "--samples", 0, "--name", "bereft"]
+    process = launch("train.py", *SMALL, *settings, processes=2)
     wait_for_step("bereft", 4, process)
-    os.kill(int((workshop() / "pid-1").read_text()), signal.SIGKILL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode and "]: Traceback" not in err, err[-3000:]
     assert checkpoint("bereft")["step"] % 20 == 0
@@ -1374,11 +1366,9 @@ def test_more_steps_after_the_end():
 
 def test_divergence_stops_before_it_is_saved():
     """The first step moves the weights to 1e29; the checkpoint stays the one from before."""
-    settings = [*SMALL, "--steps", 8, "--base-lr", 1e30, "--samples", 0]
-    for name, log_every in (("diverged", 8), ("diverged-early", 2)):
-        refuses(ValueError, f"loss not finite step {log_every} {name}", run, train.main, *settings,
-                "--name", name, "--log-every", log_every)
-        assert checkpoint(name)["step"] == 0 and metrics(name) == []
+    refuses(ValueError, "loss not finite step 4 diverged", run, train.main, *SMALL, "--steps", 8, "--base-lr",
+            1e30, "--log-every", 4, "--name", "diverged")
+    assert checkpoint("diverged")["step"] == 0 and metrics("diverged") == []
 
 
 def test_training_goes_on_where_torch_compile_fails():

@@ -539,9 +539,9 @@ def noted_signals() -> Iterator[list[int]]:
     """A list of the signals that arrive meanwhile: Ctrl-C, and those with which batch systems end a job."""
     caught, before = [], {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        kind = getattr(signal, name, signal.SIGINT)  # Windows lacks the last two
-        if signal.getsignal(kind) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            before.setdefault(kind, signal.signal(kind, lambda number, frame: caught.append(number)))
+        kind = getattr(signal, name, None)  # Windows lacks the last two
+        if kind and signal.getsignal(kind) != signal.SIG_IGN:  # what is ignored stays so, for nohup
+            before[kind] = signal.signal(kind, lambda number, frame: caught.append(number))
     try:
         yield caught
     finally:
