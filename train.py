@@ -629,8 +629,8 @@ def main(argv: list[str] | None = None) -> None:
         vq = tokenizer.load_tokenizer(config.tokenizer, device)
         meta = tokenizer.cache_meta(images, vq, config.image_size, config.crop_ratios)
         if changed := [key for key in meta if resume and meta[key] != checkpoint["data"].get(key)]:
-            raise ValueError(f"{config.folder} was trained on other codes (another {', '.join(changed)}); name "
-                             "its images and its tokenizer with --data, --subset and --tokenizer.")
+            raise ValueError(f"{config.folder} was trained on other codes (another {', '.join(changed)}); "
+                             "name its images and tokenizer with --data, --subset and --tokenizer.")
         cache = tokenizer.token_cache(images, vq, config.image_size, config.crop_ratios, config.cache)
         held_out = tokenizer.token_cache(others, vq, config.image_size, (), config.cache)
         readable, T = int((cache.labels >= 0).sum()), cache.tokens.shape[2]
@@ -649,7 +649,8 @@ def main(argv: list[str] | None = None) -> None:
             num_tokens=T, dropout=config.dropout))
         if config.init and not resume:
             if replace(init.config, dropout=config.dropout) != student.config:
-                raise ValueError(f"--init {config.init} is {init.config}, but this run needs {student.config}.")
+                raise ValueError(f"--init {config.init} is {init.config}, but this run needs "
+                                 f"{student.config}.")
             student.load_state_dict(init.state_dict())
         objective = Objective(config, student).to(device)  # which makes the teacher, a copy of the student
         optimizer = make_optimizer(objective, config)
