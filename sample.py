@@ -214,8 +214,9 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
     off "freqs_cis" or "args" where they are present, else off `image_size` (downsampling 16).
     Raises FileNotFoundError, or ValueError if `path` is no such file or lacks the weights asked for.
     """
-    content = load_checkpoint(path)
-    state = content.get("ema" if ema else "model")
+    rest = load_checkpoint(path)
+    student, teacher = rest.pop("model"), rest.pop("ema", {})
+    state = teacher if ema else student
     if not state:
         raise ValueError(f"{path} has no EMA weights; leave out --ema." if ema else
                          f"{path} has EMA weights only; add --ema.")
@@ -223,19 +224,18 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
         table = state.pop("freqs_cis", None)  # a stray attribute in some of LlamaGen's files
         vocab_size, dim = state["tok_embeddings.weight"].shape
         n_layer = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-        settings = content.get("model_config")
+        settings = rest.get("model_config")
         if not isinstance(settings, dict):
             heads = [n_head for layers, n_head, width in SIZES.values() if (layers, width) == (n_layer, dim)]
             if not heads:
                 raise ValueError(f"{n_layer} layers of width {dim} are none of LlamaGen's sizes")
-            args = content.get("args")
+            args = rest.get("args")
             side = getattr(args, "image_size", image_size) // getattr(args, "downsample_size", 16)
             settings = dict(n_head=heads[0], num_tokens=side ** 2 if table is None else len(table) - 1)
         settings = settings | dict(n_layer=n_layer, dim=dim, vocab_size=vocab_size,
                                    num_classes=len(state[CLASS_TABLE]) - 1)
         model = Transformer(ModelConfig(**settings))
         model.load_state_dict(state)
-    rest = {key: value for key, value in content.items() if key not in ("model", "ema")}
     return model.eval().to(device), rest
 
 
@@ -377,13 +377,12 @@ def save_image(path: str | Path, image: Image.Image) -> None:
 
 def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None) -> Image.Image:
     """uint8 (N, S, S, 3) -> one picture, row by row, small images enlarged to 96 pixels, captions below."""
-    N, gap, line = len(pixels), 4, 16 if captions else 0
-    rows = math.ceil(N / columns)
-    cell = max(96, pixels.shape[1])
-    grid = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line + gap) + gap), "white")
+    gap, cell = 4, max(96, pixels.shape[1])
+    across, down = cell + gap, cell + gap + (16 if captions else 0)  # from one image to the next
+    grid = Image.new("RGB", (gap + columns * across, gap + math.ceil(len(pixels) / columns) * down), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
     for i, image in enumerate(pixels):
-        x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + line + gap)
+        x, y = gap + i % columns * across, gap + i // columns * down
         grid.paste(Image.fromarray(image).resize((cell, cell), Image.LANCZOS), (x, y))
         if captions:
             text = " ".join(captions[i].split())  # a name may hold a newline
@@ -490,10 +489,10 @@ def line_plot(series: dict, title: str, x_label: str, y_label: str, bands: dict 
         level = place([(low[0], y)])[0][1]
         draw.line([(left, level), (right, level)], "#DDDDDD", 2)
         draw.text((left - 12, level), f"{y:g}", "black", font, anchor="rm")
-    counts = [x for x in ticks(low[0], high[0]) if float(x).is_integer()]
-    for x in sorted({*points[:, 0]}) if log_x else counts:
-        label = math.exp(x) if log_x else x
-        draw.text((place([(x, low[1])])[0][0], bottom + 10), f"{label:g}", "black", font, anchor="ma")
+    whole = [x for x in ticks(low[0], high[0]) if float(x).is_integer()]
+    for x in sorted({*points[:, 0]}) if log_x else whole:
+        label = f"{math.exp(x) if log_x else x:g}"
+        draw.text((place([(x, 0)])[0][0], bottom + 10), label, "black", font, anchor="ma")
     for name, outline in outlines.items():  # all bands before any line, or they would hide it
         if len(outline) > 2:
             mask = Image.new("L", image.size)  # so that bands shine through each other
