@@ -2,33 +2,36 @@
 
 Definitions are those of ADM's evaluation suite (Dhariwal & Nichol, arXiv 2105.05233; openai/guided-diffusion,
 evaluations/evaluator.py), which the paper uses, on the InceptionV3 weights released with
-mseitzer/pytorch-fid. Where those weights are missing, or images so small that Inception says little,
-`--features classifier` trains a small classifier on the real images and measures in its features; those
-numbers are called FD-c and so on, never FID. One process is enough: under torchrun the others end at once.
+mseitzer/pytorch-fid. Inception says little about small images. For those `--features classifier` trains a
+small classifier on the real images and measures in its features; these numbers are called FD-c and so on,
+never FID.
 
     python fid.py --real data/tiny-imagenet-200.zip --fake out.npz --json scores.json
     python fid.py --real VIRTUAL_imagenet256_labeled.npz --fake samples.npz --weights inception.pth
-    python fid.py --real data/tiny-imagenet-200.zip --image-size 64 --save-stats tiny-imagenet-64.npz
-    python fid.py --real shapes --fake out.npz held-out --features classifier
+    python fid.py --real FOLDER_OF_IMAGES --fake ANOTHER_FOLDER --resize pytorch-fid
+    python fid.py --real shapes --fake out.npz real-half --features classifier
 
-A model of tokens draws no better than its tokenizer decodes. Two ways to see how much that is:
+The row `real-half` is what a perfect generator would get: real images scored against other real images, as
+many as the samples where there are enough. A model of tokens, however, draws no better than its tokenizer
+decodes. There are two ways to see how much that costs:
 
     python fid.py --real shapes --fake out.npz reconstructions --vq runs/nano --features classifier
-    python fid.py --real shapes --fake out.npz held-out --reference reconstructions --vq runs/nano \
+    python fid.py --real shapes --fake out.npz real-half --reference reconstructions --vq runs/nano \
         --features classifier
 
 The first adds a row, the floor: real images, encoded and decoded. The second compares with decoded real
-images, in features of a classifier trained on them: what is left there is the generator's alone.
+images, in features of a classifier trained on them, so that only the generator's own error is left.
 
 References: FID Heusel et al. 1706.08500, sFID Nash et al. 2103.03841, IS Salimans et al. 1606.03498,
 precision and recall Kynkaanniemi et al. 1904.06991. Shapes in comments: N images, B batch, H x W pixels, D
 features, K classes.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,220 +51,6 @@ from tokenizer import (ImageSet, VQModel, center_crop, check_finite, check_image
                        rank_and_world, read_ahead, read_pixels, read_weights, reading, reconstruct,
                        run_script, to_float, within, write_file)
 
-# ---- Images: sets of files, and what the tokenizer keeps of them -------------------------------------------
-
-MIN_IMAGES = 4  # on each side: precision and recall look at three neighbours
-
-
-def open_real(source: str | Path, split: str = "train", subset: str = "") -> ImageSet:
-    """tokenizer.open_images for a score: no image may be left out, it would change the number.
-
-    Raises ValueError or OSError, in one sentence, if there is nothing to read or fewer than 4 images.
-    """
-    images = open_images(source, split, subset)
-    if len(images) < MIN_IMAGES:
-        raise ValueError(f"{source} has {len(images)} images for {split}; at least {MIN_IMAGES} are needed.")
-    return images
-
-
-def all_images(source: str | Path) -> ImageSet:
-    """Every image below a folder or in a zip, in order of name, whatever the layout; without labels.
-
-    Raises FileNotFoundError, or ValueError if there are fewer than 4.
-    """
-    if not Path(source).exists():
-        raise FileNotFoundError(f"{source} does not exist; a folder, a zip or an .npz of images is needed.")
-    files, read_bytes = list_files(Path(source))
-    names = sorted(filter(is_image, files))
-    if len(names) < MIN_IMAGES:
-        raise ValueError(f"{source} holds {len(names)} images; at least {MIN_IMAGES} are needed.")
-    return ImageSet(str(source), "", names, np.zeros(len(names), np.int64), [],
-                    digest([(name, files[name]) for name in names]),
-                    lambda i: decode_image(read_bytes(names[i]), f"{source}/{names[i]}"))
-
-
-def pick(images: ImageSet, rows: np.ndarray) -> ImageSet:
-    """The images of `rows` (n,) int, in that order."""
-    return replace(images, names=[images.names[i] for i in rows], labels=images.labels[rows],
-                   read=lambda i: images.read(rows[i]))
-
-
-def mixed(images: ImageSet) -> ImageSet:
-    """The same images in a fixed random order.
-
-    Inception Scores are taken over runs of 5,000 consecutive images: in the order of their folders those
-    would be images of a few classes.
-    """
-    return pick(images, np.random.default_rng(0).permutation(len(images)))
-
-
-def evenly_spaced(images: ImageSet, count: int) -> ImageSet:
-    """`count` of the images, or all if there are fewer."""
-    return pick(images, np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
-
-
-def read_all(images: ImageSet, rows, transform: Callable) -> np.ndarray:
-    """The images of `rows`, transformed: (B, ...). Raises ValueError if one cannot be read."""
-    pixels = read_pixels(images, rows, transform)
-    if any(p is None for p in pixels):  # leaving one out would change the score
-        raise ValueError(images.unreadable[-1])
-    return np.stack(pixels)
-
-
-def in_memory(images: ImageSet, size: int, vq: VQModel | None = None) -> ImageSet:
-    """The (size, size) centre crops of `images`, read once and kept: 3 size^2 bytes each.
-
-    Their fingerprint is that of the pixels, labels and classes: it notices a picture replaced by another of
-    the same name. With a tokenizer `vq` each is encoded and decoded, and the fingerprint is also the
-    tokenizer's. Raises ValueError if they do not fit into memory or one cannot be read.
-    """
-    N = len(images)
-    try:
-        pixels = np.empty((N, size, size, 3), np.uint8)
-    except MemoryError:
-        raise ValueError(f"{N:,} images of {size} px need {3e-9 * N * size ** 2:.0f} GB of memory; choose "
-                         "fewer classes with --subset, or smaller images.") from None
-    sha, split = hashlib.sha256(), images.split
-    what = f"reading {Path(images.source).name} {images.split}"
-    for start in progress(range(0, N, 256), what, leave=False):
-        rows = range(start, min(start + 256, N))
-        crops = read_all(images, rows, lambda image: np.asarray(center_crop(image, size)))
-        sha.update(crops)
-        pixels[start:start + 256] = reconstruct(vq, torch.from_numpy(crops)).numpy() if vq else crops
-    content = [sha.hexdigest(), images.labels.tolist(), images.classes]
-    if vq:
-        content.append(fingerprint(vq))
-        split += f" decoded by tokenizer {fingerprint(vq)}"
-    return replace(images, split=split, fingerprint=digest(content),
-                   read=lambda i: Image.fromarray(pixels[i]))
-
-
-# ---- Sides: what is compared, a stream of images or statistics ---------------------------------------------
-
-@dataclass(frozen=True)
-class Side:
-    """Images of one size, read as a stream, or earlier statistics, or both (ADM's reference files)."""
-    name: str
-    fingerprint: str  # 16 hex digits
-    count: int | None  # N; None where a statistics file does not say
-    size: tuple[int, int] | None = None  # H, W in pixels; None for statistics alone
-    batches: Callable[[int], Iterator[np.ndarray]] | None = None  # batch size -> uint8 (B, H, W, 3), in order
-    labels: np.ndarray | None = None  # (N,) int
-    classes: list[str] | None = None  # names in label order
-    protocol: dict = field(default_factory=dict)  # how the images or statistics were made, as their file says
-    statistics: dict = field(default_factory=dict)  # mu (D,), sigma (D, D), mu_s, sigma_s
-
-
-def image_side(images: ImageSet, size: int | None = None) -> Side:
-    """A set of images as one side; with `size` every image is centre-cropped to (size, size).
-
-    Raises ValueError if an image cannot be read; reading does, too, and if their sizes differ.
-    """
-    shape = (size, size) if size else images.read(0).size[::-1]
-
-    def pixels(image):
-        if not size and image.size[::-1] != shape:
-            raise ValueError(f"{images.source} holds images of different sizes ({shape[1]} x {shape[0]} and "
-                             f"{image.width} x {image.height}); make them equal (--image-size N does it for "
-                             "--real).")
-        return np.asarray(center_crop(image, size) if size else image)
-
-    def batches(batch):
-        for start in range(0, len(images), batch):
-            rows = range(start, min(start + batch, len(images)))
-            yield read_all(images, rows, pixels)
-
-    name = f"{images.source} {images.split}".strip() + (f" centre-cropped to {size} px" if size else "")
-    labels, classes = (images.labels, images.classes) if images.classes else (None, None)
-    return Side(name, images.fingerprint, len(images), shape, batches, labels, classes)
-
-
-NPZ_KEYS = ("arr_1", "classes", "protocol", "mu", "sigma", "mu_s", "sigma_s")  # beside the images, arr_0
-
-
-def npz_side(path: str | Path) -> Side:
-    """ADM's .npz: images `arr_0` uint8 (N, H, W, 3), labels `arr_1` (N,) int; or statistics; or both.
-
-    Two more arrays are understood where sample.py or --save-stats wrote them: `protocol`, a JSON string, and
-    `classes`, the class names in label order. Pixels are streamed from the file, in its order.
-    Raises FileNotFoundError, or ValueError if the file is damaged or its arrays are not as above.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file.")
-    header = None
-    with reading(path, ".npz file"):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError("wrong checksum")
-            if "arr_0.npy" in archive.namelist():
-                with archive.open("arr_0.npy") as file:
-                    header = _read_header(file)
-        with np.load(path) as file:
-            small = {key: file[key] for key in NPZ_KEYS if key in file.files}
-    with reading(path, "file of samples or statistics"):
-        protocol = dict(json.loads(str(small.get("protocol", "{}"))))
-        classes = small["classes"].astype(str).ravel().tolist() if "classes" in small else None
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            sha.update(chunk)
-    side = Side(str(path), sha.hexdigest()[:16], None, protocol=protocol,
-                statistics=_checked_statistics(path, small))
-    if header is None:
-        if not side.statistics:
-            raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma).")
-        count = protocol.get("images")
-        return replace(side, count=count if isinstance(count, int) else None)
-
-    shape, fortran, dtype = header
-    pictures = len(shape) == 4 and shape[-1] == 3 and shape[0] >= MIN_IMAGES and min(shape) > 0
-    if dtype != np.uint8 or not pictures or fortran:
-        order = "Fortran" if fortran else "C"
-        raise ValueError(f"{path} holds {dtype} images of shape {shape} in {order} order; uint8 (N, H, W, 3) "
-                         f"in C order with N at least {MIN_IMAGES} is needed.")
-    N, labels = shape[0], small.get("arr_1")
-    if labels is not None and (labels.shape != (N,) or labels.dtype.kind not in "iu"):
-        raise ValueError(f"{path} has {N} images but labels (arr_1) of shape {labels.shape} and type "
-                         f"{labels.dtype}; whole numbers of shape ({N},) are needed.")
-    return replace(side, count=N, size=shape[1:3], batches=lambda batch: _npz_batches(path, batch),
-                   labels=labels, classes=classes)
-
-
-def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and type of the .npy in `file`, which is left at the first element."""
-    versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    return versions[np.lib.format.read_magic(file)](file)
-
-
-def _npz_batches(path, batch: int) -> Iterator[np.ndarray]:
-    with reading(path, ".npz file"), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        (N, H, W, _), *_ = _read_header(file)
-        for start in range(0, N, batch):
-            count = min(batch, N - start)
-            data = bytearray(file.read(count * H * W * 3))  # torch warns of bytes: it may not write them
-            yield np.frombuffer(data, np.uint8).reshape(count, H, W, 3)
-
-
-def _checked_statistics(path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    statistics = {}
-    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if mean not in arrays and covariance not in arrays:
-            continue
-        mu, sigma = (arrays.get(name, np.zeros(0)) for name in (mean, covariance))
-        sound = mu.ndim == 1 and sigma.shape == (len(mu), len(mu)) and len(mu) > 0
-        if not sound or any(x.dtype.kind != "f" or not np.isfinite(x).all() for x in (mu, sigma)):
-            raise ValueError(f"{path} has statistics {mean} of shape {mu.shape} and {covariance} of shape "
-                             f"{sigma.shape} that are not finite numbers of shapes (D,) and (D, D); compute "
-                             "them again.")
-        statistics |= {mean: mu, covariance: sigma}
-    return statistics
-
-
-def open_samples(name: str) -> Side:
-    """What --fake names: an .npz, or a folder or zip of images. Errors as `npz_side`, `all_images`."""
-    return npz_side(name) if name.endswith(".npz") else image_side(mixed(all_images(name)))
-
-
 # ---- The measures: pure functions on arrays ----------------------------------------------------------------
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -270,11 +59,13 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)
 
     With S1 = A A^T and S2 = B B^T the last trace is the sum of the singular values of A^T B, for any such A
-    and B. That needs no complex numbers and no matrix square root, and rank-deficient covariances are its
-    cheap case. Raises ValueError if the shapes differ or a matrix is not a finite covariance.
+    and B. This needs no complex numbers and no matrix square root, and covariances without full rank only
+    make it cheaper. Raises ValueError if the shapes differ or a matrix is not a finite covariance.
     """
-    if np.shape(mu1) != np.shape(mu2) or np.shape(sigma1) != np.shape(sigma2):
-        raise ValueError(f"statistics of {np.size(mu1)} and of {np.size(mu2)} features do not compare.")
+    check_gaussian(mu1, sigma1)
+    check_gaussian(mu2, sigma2)
+    if np.shape(mu1) != np.shape(mu2):
+        raise ValueError(f"statistics of {len(mu1)} and of {len(mu2)} features do not compare.")
     M = _factor(sigma1).T @ _factor(sigma2)  # (rank 1, rank 2)
     M = M if M.shape[0] <= M.shape[1] else M.T  # the larger Gram matrix would only add zeros
     trace = np.sqrt(np.linalg.eigvalsh(M @ M.T).clip(0)).sum()
@@ -282,12 +73,17 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
 
 
+def check_gaussian(mu: np.ndarray, sigma: np.ndarray) -> None:
+    """Raise ValueError unless mu (D,) and sigma (D, D) are a mean and a covariance: finite and symmetric."""
+    if (np.ndim(mu) != 1 or np.shape(sigma) != 2 * np.shape(mu) or not np.isfinite(mu).all()
+            or not np.isfinite(sigma).all() or abs(sigma - sigma.T).max() > 1e-6 * abs(sigma).max()):
+        raise ValueError(f"a mean of shape {np.shape(mu)} and a covariance of shape {np.shape(sigma)} must "
+                         "be finite, (D,) and symmetric (D, D); compute the statistics again.")
+
+
 def _factor(sigma: np.ndarray) -> np.ndarray:
     """A (D, rank) with A A^T = sigma (D, D), positive semi-definite: Cholesky with pivoting, float64."""
-    sigma = np.asarray(sigma, np.float64)
-    if not np.isfinite(sigma).all() or abs(sigma - sigma.T).max() > 1e-6 * abs(sigma).max():
-        raise ValueError("a covariance matrix is not finite or not symmetric; compute the statistics again.")
-    lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
+    lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(np.asarray(sigma, np.float64), lower=1)
     A = np.zeros((len(sigma), rank))
     A[pivots - 1] = np.tril(lower)[:, :rank]
     if abs(np.trace(sigma) - np.square(A).sum()) > 1e-6 * abs(np.trace(sigma)):
@@ -295,7 +91,18 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
     return A
 
 
-SPLIT = 5000  # images behind one Inception Score
+def expected_distance(sigma: np.ndarray, n1: int, n2: int) -> float:
+    """The Frechet distance to expect of two samples, n1 and n2 of one Gaussian of covariance sigma (D, D).
+
+        E d^2 = (1/n1 + 1/n2) (5/4 sum_i s_i + 1/2 sum_ij s_i s_j / (s_i + s_j)) + O(1/n^2)
+
+    with the eigenvalues s of sigma. This is the bias: what a perfect generator scores. It follows from the
+    variances of the mean, s_i / n, and of the covariance, s_i s_j (1 + [i = j]) / n, with the distance to
+    second order in both. It holds for n1 and n2 above D or so.
+    """
+    s = np.linalg.eigvalsh(sigma).clip(1e-30)
+    pairs = s[:, None] * s / (s[:, None] + s)  # (D, D)
+    return float((1 / n1 + 1 / n2) * (1.25 * s.sum() + 0.5 * pairs.sum()))
 
 
 def inception_score(probabilities: np.ndarray) -> float:
@@ -316,6 +123,7 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3, block: int 
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"precision and recall with k = {k} need more than {k} images on both sides.")
+
     def radii(x):  # of each row the squared distance to its k-th neighbour; the first is the row itself
         return torch.cat([_squared_distances(rows, x).kthvalue(k + 1).values for rows in x.split(block)])
 
@@ -338,6 +146,10 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 # ---- Feature statistics, streamed --------------------------------------------------------------------------
+
+SPLIT = 5000  # images behind one Inception Score
+CONVENTION = 50_000  # samples behind a published FID; ADM's precision and recall take 10,000 real images
+
 
 class Features(NamedTuple):
     """What an extractor makes of B images."""
@@ -394,8 +206,7 @@ def feature_statistics(side: Side, extract: Callable[[np.ndarray], Features], ba
     pool, spatial, features = Moments(), Moments(), []
     probabilities, scores = [], []  # of the split that is being filled; of the full ones
     done = hits = 0
-    batches = progress(read_ahead(side.batches(batch)), side.name, -(-N // batch), unit="batch", leave=False)
-    for pixels in batches:
+    for pixels in progress(read_ahead(side.batches(batch)), side.name, -(-N // batch), leave=False):
         rows = slice(done, done + len(pixels))
         done += len(pixels)
         found = extract(pixels)
@@ -423,8 +234,9 @@ def feature_statistics(side: Side, extract: Callable[[np.ndarray], Features], ba
 def compare(real: Statistics, fake: Statistics, suffix: str = "") -> dict[str, float | None]:
     """The row of a table; None where a side lacks what a measure needs. `suffix` "-c": of a classifier."""
     def frechet(*names):  # of a mean and a covariance
-        parts = [side.moments.get(name) for side in (real, fake) for name in names]
-        return None if any(part is None for part in parts) else frechet_distance(*parts)
+        if all(name in side.moments for side in (real, fake) for name in names):
+            return frechet_distance(*(side.moments[name] for side in (real, fake) for name in names))
+        return None
 
     precision = recall = None
     if real.features is not None and fake.features is not None:
@@ -438,16 +250,10 @@ def compare(real: Statistics, fake: Statistics, suffix: str = "") -> dict[str, f
 
 # ---- InceptionV3 of 2015-12-05, as FID has always used it (Szegedy et al., arXiv 1512.00567) ---------------
 
-INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                 "pt_inception-2015-12-05-6726825d.pth")
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-INCEPTION_SIZE = 95_628_359
-
-
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm, ReLU; padded to keep the size unless it strides."""
+    """Convolution of a kernel k or (k, l), without bias, batch norm, ReLU; padded unless it strides."""
 
-    def __init__(self, cin: int, cout: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True):
+    def __init__(self, cin, cout, kernel, stride=1, pad=True):
         super().__init__()
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = tuple(k // 2 for k in kernel) if pad and stride == 1 else 0
@@ -461,22 +267,23 @@ class ConvNorm(nn.Module):
 class Mixed(nn.Module):
     """Chains of convolutions side by side, then a pooled one; outputs are concatenated in this order.
 
-    A chain is a list of steps (name, width, kernel[, stride]); its last one may be a pair that both read the
-    same input. The pooled one is "avg" or "max" followed by a 1 x 1 convolution to `width`, or "halve", a
-    strided max alone, with width 0.
+    A chain is a name and its steps, (width, kernel[, stride]) each; the last step may be a list of two that
+    both read the same input. The pooled one is "avg" or "max" followed by a 1 x 1 convolution to `width`, or
+    "halve", a strided max alone, with width 0.
     """
 
-    def __init__(self, cin: int, chains: list[list], pool: str, width: int):
+    def __init__(self, cin, chains, pool, width):
         super().__init__()
         self.pool, self.chains, self.width = pool, [], width or cin
-        for chain in chains:
-            c, names = cin, []
-            for step in chain:
-                fork = step if isinstance(step, list) else [step]
-                for name, *shape in fork:
-                    self.add_module(name, ConvNorm(c, *shape))
-                names.append([name for name, *_ in fork])
-                c = sum(shape[0] for _, *shape in fork)
+        for chain, steps in chains.items():
+            names, c = [], cin  # names of the steps, as lists of one or two
+            for i, step in enumerate(steps, 1):
+                name = chain if len(steps) == 1 else f"{chain}_{i}"
+                fork = {f"{name}a": step[0], f"{name}b": step[1]} if isinstance(step, list) else {name: step}
+                for part, shape in fork.items():
+                    self.add_module(part, ConvNorm(c, *shape))
+                names.append(list(fork))
+                c = sum(shape[0] for shape in fork.values())
             self.chains.append(names)
             self.width += c
         self.branch_pool = ConvNorm(cin, width, 1) if width else nn.Identity()
@@ -496,35 +303,31 @@ class Mixed(nn.Module):
 
 
 def _block_a(width):  # 35 x 35
-    return [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]], "avg", width
+    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
+            "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}, "avg", width
 
 
 def _block_c(c):  # 17 x 17
-    return [[("branch1x1", 192, 1)],
-            [("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-            [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)), ("branch7x7dbl_3", c, (1, 7)),
-             ("branch7x7dbl_4", c, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))]], "avg", 192
+    row, column = (1, 7), (7, 1)
+    return {"branch1x1": [(192, 1)], "branch7x7": [(c, 1), (c, row), (192, column)],
+            "branch7x7dbl": [(c, 1), (c, column), (c, row), (c, column), (192, row)]}, "avg", 192
 
 
 def _block_e(pool):  # 8 x 8
-    return [[("branch1x1", 320, 1)],
-            [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]],
-            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
-             [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]]], pool, 192
+    fork = [(384, (1, 3)), (384, (3, 1))]
+    return {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), fork],
+            "branch3x3dbl": [(448, 1), (384, 3), fork]}, pool, 192
 
 
 _MIXED = {
     "Mixed_5b": _block_a(32), "Mixed_5c": _block_a(64), "Mixed_5d": _block_a(64),
-    "Mixed_6a": ([[("branch3x3", 384, 3, 2)],
-                  [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)]],
-                 "halve", 0),
+    "Mixed_6a": ({"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)]}, "halve", 0),
     "Mixed_6b": _block_c(128), "Mixed_6c": _block_c(160), "Mixed_6d": _block_c(160),
     "Mixed_6e": _block_c(192),
-    "Mixed_7a": ([[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
-                  [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-                   ("branch7x7x3_4", 192, 3, 2)]], "halve", 0),
-    "Mixed_7b": _block_e("avg"), "Mixed_7c": _block_e("max"),  # max: a slip of 2015 that every FID repeats
+    "Mixed_7a": ({"branch3x3": [(192, 1), (320, 3, 2)],
+                  "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)]}, "halve", 0),
+    "Mixed_7b": _block_e("avg"),
+    "Mixed_7c": _block_e("max"),  # a slip of 2015 that every FID repeats
 }
 
 
@@ -578,38 +381,35 @@ def resize_adm(x: torch.Tensor, size: int = 299) -> torch.Tensor:
     return x
 
 
+INCEPTION_NAME = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_NAME}"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
 def load_inception(weights: str | None, cache: str | Path, resize: str = "adm",
-                   device: torch.device | str = "cpu") -> tuple[InceptionV3, str]:
+                   device="cpu") -> tuple[InceptionV3, str]:
     """InceptionV3 with the weights in a file (by default downloaded once to `cache`), and its protocol line.
 
     Raises ValueError if the download fails, or if the file is truncated or of another network, and
     FileNotFoundError or OSError if there is no such file or it cannot be written.
     """
-    path = Path(weights or Path(cache) / INCEPTION_URL.rsplit("/", 1)[1])
+    path = Path(weights or Path(cache) / INCEPTION_NAME)
     if not weights:
         try:
-            download(INCEPTION_URL, path, INCEPTION_SIZE, "sha256:" + INCEPTION_SHA256)
+            download(INCEPTION_URL, path, 95_628_359, f"sha256:{INCEPTION_SHA256}")
         except ValueError as error:
-            raise ValueError(f"{error} Fetch it elsewhere and name it with --weights, or use --features "
-                             "classifier.") from None
+            raise ValueError(f"no weights of InceptionV3; fetch them elsewhere and name them with --weights, "
+                             f"or use --features classifier ({error})") from None
     state, model = read_weights(path), InceptionV3()
-    own = model.state_dict()  # files saved before torch 0.4.1 lack the counters, which nothing here reads
-    state = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | state
-    wrong = sorted(state.keys() ^ own.keys())
-    wrong += [name for name in own.keys() & state.keys()
-              if getattr(state[name], "shape", None) != own[name].shape]
-    if wrong:
-        raise ValueError(f"{path} is not FID's InceptionV3 ({len(wrong)} names or shapes differ, {wrong[0]} "
-                         f"first); get {INCEPTION_URL}.")
+    with reading(path, "file of FID's InceptionV3"):
+        model.load_state_dict(state)
     check_finite(path, {name: value for name, value in state.items() if value.is_floating_point()})
-    model.load_state_dict(state)
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     features = f"features: InceptionV3 with weights of sha256 {sha[:16]}, resize {resize}, float32"
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), features
 
 
-def inception_extractor(model: InceptionV3, resize: str = "adm",
-                        device: torch.device | str = "cpu") -> Callable[[np.ndarray], Features]:
+def inception_extractor(model: InceptionV3, resize: str = "adm", device="cpu") -> Callable:
     """uint8 (B, H, W, 3) -> Features: D = 2048, 2023 spatial ones, K = 1008 probabilities.
 
     `resize` "adm" is TensorFlow's bilinear and (x - 128) / 128; "pytorch-fid" is half-pixel bilinear and
@@ -662,15 +462,15 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
-def train_classifier(images: ImageSet, size: int, steps: int, batch: int = 64,
-                     device: torch.device | str = "cpu") -> Classifier:
-    """SGD on images of `size` pixels, one cycle, flips, shifts up to size / 8; the same again on one CPU."""
+def train_classifier(side: Side, steps: int, batch: int = 64, device="cpu") -> Classifier:
+    """SGD on images `in_memory`, one cycle, flips, shifts up to an eighth; the same again on one CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Classifier(len(images.classes), size).to(device, memory_format=torch.channels_last).train()
+        model = Classifier(len(side.classes), side.size[0])
+    model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
-    batches = read_ahead(_training_batches(images, size, steps, batch))
+    batches = read_ahead(training_batches(side, steps, batch))
     for pixels, labels in (bar := progress(batches, "training the classifier", steps)):
         x = to_float(torch.from_numpy(pixels).to(device))
         loss = F.cross_entropy(model(x)[1], torch.from_numpy(labels).to(device), label_smoothing=0.1)
@@ -683,55 +483,60 @@ def train_classifier(images: ImageSet, size: int, steps: int, batch: int = 64,
     return model.eval().requires_grad_(False)
 
 
-def _training_batches(images, size, steps, batch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Flipped and shifted crops uint8 (B, S, S, 3) and labels (B,); each epoch is one permutation."""
+def training_batches(side: Side, steps: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Flipped and shifted images uint8 (B, S, S, 3) and labels (B,); each epoch is one permutation."""
     rng = np.random.default_rng(0)
-    order, shift = np.zeros(0, np.int64), size // 8
+    order, size = np.zeros(0, np.int64), side.size[0]
+    shift = size // 8
     for _ in range(steps):
         while len(order) < batch:
-            order = np.concatenate([order, rng.permutation(len(images))])
+            order = np.concatenate([order, rng.permutation(side.count)])
         rows, order = order[:batch], order[batch:]
-        pixels = read_all(images, rows, lambda image: np.asarray(center_crop(image, size)))
-        pixels = np.pad(pixels, ((0, 0), (shift, shift), (shift, shift), (0, 0)), "reflect")
+        pixels = np.pad(side.pixels[rows], ((0, 0), (shift, shift), (shift, shift), (0, 0)), "reflect")
         places = rng.integers(2 * shift + 1, size=(batch, 2))
         flips = rng.choice([1, -1], size=batch)
         crops = [p[y:y + size, x:x + size][:, ::flip] for p, (y, x), flip in zip(pixels, places, flips)]
-        yield np.stack(crops), images.labels[rows]
+        yield np.stack(crops), side.labels[rows]
 
 
-def load_classifier(images: ImageSet, held_out: ImageSet, size: int, steps: int, cache: str | Path = "cache",
-                    device: torch.device | str = "cpu") -> tuple[Classifier, str]:
-    """The classifier of labelled `images` and its protocol line; trained if it is not in `cache`.
+def find_classifier(side: Side, held_out: Side, steps: int, cache: str | Path, device="cpu") -> Path:
+    """The file in `cache` of the classifier of `side`, which is trained first if it is not there.
 
-    Its accuracy on `held_out` stands in the line. Images that are `in_memory` have the fingerprint of their
-    pixels, so that no classifier of other pixels is found. Raises ValueError if the cached file is damaged.
+    The file also says how it was made and how often it is right on `held_out`. Sides `in_memory` have the
+    fingerprint of their pixels, so that no classifier of other pixels is found.
     """
-    meta = {"images": images.fingerprint, "held_out": held_out.fingerprint, "classes": images.classes,
-            "size": size, "steps": steps}
-    path = Path(cache) / f"classifier-{Path(images.source).name}-{size}px-{digest(meta)[:8]}.pt"
+    K, size = len(side.classes), side.size[0]
+    made_of = digest([side.fingerprint, held_out.fingerprint, size, steps])
+    path = Path(cache) / f"classifier-{K}-classes-{size}px-{made_of[:8]}.pt"
     if not path.exists():
         check_output(path)
-        model = train_classifier(images, size, steps, device=device)
-        extract = classifier_extractor(model, device)
-        accuracy = feature_statistics(image_side(held_out, size), extract).agreement
-        state = {name: value.cpu() for name, value in model.state_dict().items()}
-        write_file(path, lambda file: torch.save({"model": state, "accuracy": float(accuracy),
-                                                  "held_out": len(held_out), "meta": meta}, file))
+        model = train_classifier(side, steps, device=device)
+        accuracy = feature_statistics(held_out, classifier_extractor(model, device)).agreement
+        content = {"model": {name: value.cpu() for name, value in model.state_dict().items()},
+                   "classes": side.classes, "size": size,
+                   "made": f"trained for {steps:,} steps on {side.count:,} images of {side.name} "
+                           f"({side.fingerprint}) at {size} px; right on {accuracy:.1%} of "
+                           f"{held_out.count:,} held-out ones; {K} classes"}
+        write_file(path, lambda file: torch.save(content, file))
+    return path
+
+
+def load_classifier(path: str | Path, side: Side, device="cpu") -> tuple[Classifier, str]:
+    """The classifier that `find_classifier` wrote to `path`, for images like those of `side`; its protocol.
+
+    Raises FileNotFoundError, or ValueError if the file holds none or one of other classes or another size.
+    """
     saved = read_weights(path)
-    if str(saved.get("meta")) != str(meta):
-        raise ValueError(f"{path} is not the classifier of {images.source}; delete it to train one again.")
-    model = Classifier(len(images.classes), size)
-    with reading(path, "classifier"):
+    with reading(path, "classifier of fid.py"):
+        model = Classifier(len(saved["classes"]), saved["size"])
         model.load_state_dict(saved["model"])
-        right = f"{saved['accuracy']:.1%} of {saved['held_out']:,}"
-    line = (f"features: classifier {fingerprint(model)}, trained for {steps:,} steps on {len(images):,} "
-            f"images of {images.source} {images.split} ({images.fingerprint}) at {size} px; right on "
-            f"{right} held-out ones; {len(images.classes)} classes")
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), line
+        features = f"features: classifier {fingerprint(model)}, {saved['made']}"
+        if saved["classes"] != side.classes or saved["size"] != side.size[0]:
+            raise ValueError(f"it knows other classes, or another size, than those of {side.name}")
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), features
 
 
-def classifier_extractor(model: Classifier,
-                         device: torch.device | str = "cpu") -> Callable[[np.ndarray], Features]:
+def classifier_extractor(model: Classifier, device="cpu") -> Callable:
     """uint8 (B, S, S, 3) -> Features: D = 256, no spatial ones, probabilities over the classes trained on."""
     @torch.no_grad()
     def extract(pixels):
@@ -741,263 +546,334 @@ def classifier_extractor(model: Classifier,
     return extract
 
 
+# ---- What is compared: images as a stream, or statistics ---------------------------------------------------
+
+@dataclass(frozen=True)
+class Side:
+    """Images of one size, read as a stream, or earlier statistics, or both (ADM's reference files)."""
+    name: str
+    fingerprint: str  # 16 hex digits
+    count: int | None  # N; None where a statistics file does not say
+    size: tuple[int, int] | None = None  # H, W in pixels; None for statistics alone
+    batches: Callable[[int], Iterator[np.ndarray]] | None = None  # batch size -> uint8 (B, H, W, 3), in order
+    labels: np.ndarray | None = None  # (N,) int
+    classes: list[str] | None = None  # names in label order
+    protocol: dict = field(default_factory=dict)  # how the images or statistics were made
+    statistics: dict = field(default_factory=dict)  # mu (D,), sigma (D, D), mu_s, sigma_s
+    pixels: np.ndarray | None = None  # uint8 (N, H, W, 3), of images `in_memory`
+
+
+def image_side(images: ImageSet, size: int | None = None, rows: np.ndarray | None = None) -> Side:
+    """The images of `rows` (by default all) in that order; with `size` each is centre-cropped to it.
+
+    Raises ValueError if one cannot be read; reading does, too, and if their sizes differ.
+    """
+    order = np.arange(len(images)) if rows is None else rows
+    shape = (size, size) if size else images.read(0).size[::-1]
+
+    def pixels(image):
+        return np.asarray(center_crop(image, size) if size else image)
+
+    def batches(batch):
+        for start in range(0, len(order), batch):
+            crops = read_pixels(images, order[start:start + batch], pixels)
+            if images.unreadable:  # read_pixels lets one in a hundred pass
+                raise ValueError(f"a score leaves no image out: {images.unreadable[0]}")
+            if {crop.shape[:2] for crop in crops} != {shape}:
+                raise ValueError(f"{images.source} holds images of different sizes; make them equal "
+                                 "(--image-size N does it for --real).")
+            yield np.stack(crops)
+
+    protocol = {"centre-cropped to": f"{size} px"} if size else {}
+    if rows is None:  # tells whether validation images have a folder or are held out of the training images
+        protocol["files"] = f"{images.names[0]} to {images.names[-1]}"
+    side = Side(f"{images.source} {images.split}".strip(), images.fingerprint, len(order), shape, batches,
+                protocol=protocol)
+    return replace(side, labels=images.labels[order], classes=images.classes) if images.classes else side
+
+
+def in_memory(side: Side, vq: VQModel | None = None) -> Side:
+    """The same images, read once and kept: 3 H W bytes each.
+
+    Their fingerprint is that of the pixels, labels and classes: it notices a picture replaced by another of
+    the same name. With a tokenizer `vq` each is encoded and decoded, and the fingerprint is also the
+    tokenizer's. Errors as reading the side raises.
+    """
+    pixels, done, sha = np.empty((side.count, *side.size, 3), np.uint8), 0, hashlib.sha256()
+    for crops in progress(side.batches(256), f"reading {side.name}", -(-side.count // 256), leave=False):
+        sha.update(crops)
+        pixels[done:done + len(crops)] = reconstruct(vq, torch.from_numpy(crops)).numpy() if vq else crops
+        done += len(crops)
+    labels = None if side.labels is None else side.labels.tolist()
+    content, name = [sha.hexdigest(), labels, side.classes], side.name
+    if vq:
+        content.append(fingerprint(vq))
+        name += f" decoded by tokenizer {fingerprint(vq)}"
+    return replace(side, name=name, fingerprint=digest(content), pixels=pixels,
+                   batches=lambda batch: (pixels[i:i + batch] for i in range(0, len(pixels), batch)))
+
+
+def mixed(count: int) -> np.ndarray:
+    """0 ... count - 1 in a fixed random order.
+
+    Inception Scores are taken over runs of 5,000 consecutive images. In the order of their folders those
+    would be images of a few classes.
+    """
+    return np.random.default_rng(0).permutation(count)
+
+
+def open_folder(source: str) -> ImageSet:
+    """Every image below a folder or in a zip, in order of name, whatever the layout; without labels."""
+    files, read_bytes = list_files(Path(source))
+    names = sorted(filter(is_image, files))
+    if not names:
+        raise ValueError(f"{source} holds no images.")
+    return ImageSet(source, "", names, np.zeros(len(names), np.int64), [],
+                    digest([(name, files[name]) for name in names]),
+                    lambda i: decode_image(read_bytes(names[i]), f"{source}/{names[i]}"))
+
+
+def open_real(args: argparse.Namespace, split: str) -> ImageSet:
+    """A split of --real as tokenizer.open_images finds it, or all images of a folder without classes."""
+    try:
+        return open_images(args.real, split, args.subset)
+    except ValueError:
+        if args.features == "classifier" or split == "val" or args.subset:
+            raise
+        images = open_folder(args.real)
+        if any("/" in name for name in images.names):
+            raise
+        return images
+
+
+def open_samples(name: str) -> Side:
+    """What --fake names: an .npz, or a folder or zip of images. Errors as `npz_side`, `image_side`."""
+    if name.endswith(".npz"):
+        return npz_side(name)
+    images = open_folder(name)
+    return image_side(images, rows=mixed(len(images)))
+
+
+def npz_side(path: str | Path) -> Side:
+    """ADM's .npz: images `arr_0` uint8 (N, H, W, 3), labels `arr_1` (N,) int; or statistics; or both.
+
+    Two more arrays are understood where sample.py or --save-stats wrote them: `protocol`, a JSON string, and
+    `classes`, the class names in label order. Pixels are streamed from the file, in its order.
+    Raises FileNotFoundError, or ValueError if the file is damaged or its arrays are not as above.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file.")
+    with reading(path, ".npz file of samples or statistics"), np.load(path) as file:
+        arrays = {key: file[key] for key in file.files if key != "arr_0"}
+        statistics = {key: arrays[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in arrays}
+        for which in ("", "_s"):
+            if f"mu{which}" in arrays:
+                check_gaussian(arrays[f"mu{which}"], arrays[f"sigma{which}"])
+        protocol, labels = dict(json.loads(str(arrays.get("protocol", "{}")))), arrays.get("arr_1")
+        classes = arrays["classes"].tolist() if "classes" in arrays else None
+        side = Side(str(path), digest([(info.filename, info.CRC) for info in file.zip.infolist()]),
+                    protocol.get("images"), None, None, labels, classes, protocol, statistics)
+        if "arr_0" not in file.files:
+            if not statistics:
+                raise ValueError("it holds neither images, arr_0, nor statistics, mu and sigma")
+            return side
+        with file.zip.open("arr_0.npy") as pixels:
+            shape, fortran, dtype = _read_header(pixels)
+        if dtype != np.uint8 or fortran or shape[3:] != (3,):
+            raise ValueError(f"{dtype} images {shape} where uint8 (N, H, W, 3) in C order is needed")
+        if labels is not None and labels.shape != shape[:1]:
+            raise ValueError(f"{shape[0]} images but labels of shape {labels.shape}")
+    return replace(side, count=shape[0], size=shape[1:3], batches=lambda batch: _npz_batches(path, batch))
+
+
+def _read_header(file) -> tuple:
+    """Shape, order and type of the .npy in `file`, which is left at the first element."""
+    np.lib.format.read_magic(file)
+    return np.lib.format.read_array_header_1_0(file)
+
+
+def _npz_batches(path, batch):
+    with reading(path, ".npz file"), np.load(path) as file, file.zip.open("arr_0.npy") as pixels:
+        (N, H, W, _), *_ = _read_header(pixels)
+        for start in range(0, N, batch):
+            count = min(batch, N - start)
+            data = bytearray(pixels.read(count * H * W * 3))  # torch warns of bytes: it may not write them
+            yield np.frombuffer(data, np.uint8).reshape(count, H, W, 3)
+
+
+def the_floor(images: ImageSet, size: int, vq: VQModel, count: int | None) -> Side:
+    """The row `reconstructions`: `count` images, evenly spaced, encoded and decoded; else at most 5,000.
+
+    Raises ValueError if there are not so many.
+    """
+    count = count or min(5000, len(images))
+    if count > len(images):
+        raise ValueError(f"--floor-images {count}: {images.source} has {len(images)} of {images.split}.")
+    rows = np.linspace(0, len(images) - 1, count).astype(int)[mixed(count)]
+    side = in_memory(image_side(images, size, rows), vq)
+    return replace(side, name="reconstructions (the floor)", protocol={"made of": side.name})
+
+
+def real_halves(images: ImageSet, size: int | None, vq: VQModel | None, counts: list[int]) -> tuple:
+    """The row `real-half`: a random half of the images; and what it is scored against: the other images.
+
+    The half has as many images as the samples, of which there are `counts`, where it has enough of them. Its
+    labels are left out: a classifier of these images has seen them.
+    """
+    order = mixed(len(images))
+    count = min([len(images) // 2, *counts])
+    sides = [image_side(images, size, rows) for rows in (order[:count], order[count:])]
+    half, others = [in_memory(side, vq) for side in sides] if vq else sides
+    about = {"scored against": f"the other {others.count:,} images of {others.name}"}
+    return replace(half, name="real-half", labels=None, protocol=about), others
+
+
+def common_size(images: ImageSet | None, sides: list[Side], asked: int | None) -> int | None:
+    """The side in pixels to which real `images` are cut, that of all `sides`; None: they stay as they are.
+
+    Raises ValueError if sizes differ. Images without classes are only cut if it is `asked`.
+    """
+    if images and not images.classes:
+        sides = [*sides, image_side(images, asked)]
+    sizes = {side.size for side in sides if side.size} | ({(asked, asked)} if asked else set())
+    if len(sizes) > 1:
+        told = " and ".join(f"{W} x {H}" for H, W in sorted(sizes))
+        raise ValueError(f"images of different sizes, {told}, do not compare; sample again at one size, or "
+                         "let --image-size cut real ones that are no .npz.")
+    if not images or not images.classes or not sizes:
+        return asked
+    (H, W), = sizes
+    if H != W:
+        raise ValueError(f"real images are cut to squares, the samples are {W} x {H}; sample squares, or "
+                         "name an .npz with --real.")
+    return H
+
+
+def check_labels(side: Side, real: Side) -> None:
+    """Raise ValueError if the samples of `side` say that they are of other classes than the images `real`."""
+    labels = [0] if side.labels is None else side.labels
+    if side.classes not in (None, real.classes) or min(labels) < 0 or max(labels) >= len(real.classes):
+        raise ValueError(f"{side.name} was drawn from other classes than those of {real.name}.")
+
+
+def check_statistics(side: Side, features: str) -> None:
+    """Raise ValueError if the statistics of `side` say that they are of other features.
+
+    Those of other packages do not say what they are: --resize is believed.
+    """
+    made = side.protocol.get("features", features)
+    if side.statistics and made != features:
+        raise ValueError(f"the statistics {side.name} were made with {made!r}, the images would be read with "
+                         f"{features!r}; use the same --features, --weights and --resize.")
+
+
 # ---- The table and its protocol ----------------------------------------------------------------------------
-
-CONVENTION = 50_000  # samples behind a published FID; ADM's precision and recall have 10,000 reals
-
 
 def protocol_lines(real: Side, fakes: list[Side], features: str) -> list[str]:
     """What the numbers were measured on and how: one line a side, one for the features."""
-    def line(role, side):
+    lines = []
+    for role, side in [("real", real), *(("fake", side) for side in fakes)]:
         count = "an unknown number of" if side.count is None else f"{side.count:,}"
         size = f" of {side.size[1]} x {side.size[0]}" if side.size else ""
-        text = f"{role}: {side.name}, {count} images{size}, fingerprint {side.fingerprint}"
+        line = f"{role}: {side.name}, {count} images{size}, fingerprint {side.fingerprint}"
         if side.statistics:
-            text += "; covariances from the file's own statistics"
+            line += "; covariances from the file's own statistics"
+            if "features" not in side.protocol:
+                package = "ADM's suite" if "resize adm" in features else "pytorch-fid"
+                line += f", which are taken for those of {package} (--resize)"
         made = [f"{key} {value}" for key, value in side.protocol.items() if key != "features"]
-        if not made and role == "fake":
-            made = ["guidance, temperature, student or teacher: not recorded in the file"]
-        return "; ".join([text, ", ".join(made)]) if made else text
-
-    return [line("real", real), *(line("fake", side) for side in fakes), features,
+        if role == "fake":
+            made = made or ["guidance, temperature, student or teacher: not recorded in the file"]
+        lines.append("; ".join([line, ", ".join(made)]) if made else line)
+    return [*lines, features,
             "precision, recall: k = 3, float64, on at most 10,000 real and 50,000 fake images, evenly spaced"]
 
 
-def warning_lines(real: Side, fakes: list[Side], dims: int) -> list[str]:
-    """Reasons to distrust or not to compare the numbers of a table, `dims` being the number of features."""
-    lines = []
-    for side in {side.fingerprint: side for side in (real, *fakes)}.values():
-        if side.count is not None and side.count < 2048:
-            rank = "; the covariance is rank-deficient" if side.count <= dims else ""
-            lines.append(f"warning: {side.name} has {side.count:,} images, under 2,048: the distance is "
-                         f"biased upwards{rank}")
+def warning_lines(real: Side, fakes: list[Side], features: str) -> list[str]:
+    """Reasons to distrust or not to compare the numbers of a table."""
+    lines = [f"warning: {side.name} has {side.count:,} images, under 2,048: the distance is biased upwards"
+             for side in (real, *fakes) if side.count is not None and side.count < 2048]
     if odd := sorted({side.count for side in fakes if side.count != CONVENTION}, key=str):
         counts = ", ".join("unknown" if count is None else f"{count:,}" for count in odd)
         lines.append(f"warning: sample counts of {counts} instead of the usual {CONVENTION:,}: not "
                      "comparable with published numbers, nor with each other unless equal")
     if real.batches is None:
         lines.append(f"warning: {real.name} holds statistics alone; precision and recall need its images")
+    if "Inception" in features and INCEPTION_SHA256[:16] not in features:
+        lines.append("warning: these are not the published Inception weights; the numbers compare only with "
+                     "each other")
     return lines
 
 
 def format_table(rows: dict[str, dict[str, float | None]]) -> str:
     """{name: {measure: value}} -> aligned text; "-" where there is no value."""
-    def cell(value):
-        return "-" if value is None else f"{round(value, 4) + 0.0:.4f}"  # + 0.0: no "-0.0000"
-
-    measures = list(next(iter(rows.values())))
-    lines = [["", *measures]] + [[name, *map(cell, row.values())] for name, row in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])])
-                     for name, *values in lines)
+    measures, width = list(next(iter(rows.values()))), max(map(len, rows))
+    lines = [" " * width + "".join(f"{measure:>17}" for measure in measures)]
+    for name, row in rows.items():
+        # adding 0.0 turns -0.0 into 0.0
+        cells = ["-" if value is None else f"{round(value, 4) + 0.0:.4f}" for value in row.values()]
+        lines.append(name.ljust(width) + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(lines)
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
-REAL_ROWS = ("held-out", "reconstructions")  # rows of --fake that are made of --real's images
+REAL_ROWS = ("real-half", "reconstructions")  # rows of --fake that are made of --real's images
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; None: the program's own. Raises ValueError for flags that do not go together."""
+    """The command line; None: the program's own. Raises ValueError or OSError for flags that do not fit."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--real", required=True, help="folder, zip, shapes, or .npz of images or statistics")
-    parser.add_argument("--fake", nargs="*", default=[], metavar="FILE",
-                        help=".npz, folder or zip of samples; held-out: real validation images; "
-                        "reconstructions: real images encoded and decoded by --vq, the floor")
-    parser.add_argument("--reference", choices=["originals", "reconstructions"], default="originals",
-                        help="compare with real images as they are, or encoded and decoded by --vq")
-    parser.add_argument("--vq", help="the tokenizer of the reconstructions: a file or a run folder")
-    parser.add_argument("--floor-images", type=within(int, MIN_IMAGES, 1e7), default=5000,
-                        help="how many, evenly spaced, --fake reconstructions has")
-    parser.add_argument("--subset", default="", metavar="FILE", help="class folders of --real, one a line")
-    parser.add_argument("--split", choices=["train", "val"], default="train", help="which images of --real")
-    parser.add_argument("--image-size", type=within(int, 8, 4096),
-                        help="centre-crop real images, pixels (default: to the fakes' size)")
-    parser.add_argument("--features", choices=["inception", "classifier"], default="inception")
-    parser.add_argument("--resize", choices=["adm", "pytorch-fid"], default="adm", help="to 299 px")
-    parser.add_argument("--weights", help="InceptionV3's weights (default: downloaded once into --cache)")
-    parser.add_argument("--classifier-steps", type=within(int, 10, 1e7), default=1200,
-                        help="training steps of 64 images")
-    parser.add_argument("--cache", default="cache", help="folder for weights and trained classifiers")
-    parser.add_argument("--save-stats", metavar="FILE", help="write the real side's statistics as .npz")
-    parser.add_argument("--json", metavar="FILE", help="write the table, protocol and warnings")
-    parser.add_argument("--batch", type=within(int, 1, 100_000), default=64,
-                        help="images at once; no number depends on it")
-    parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
+    add = parser.add_argument
+    add("--real", required=True, help="folder, zip, shapes, or .npz of images or statistics")
+    add("--fake", nargs="*", default=[], metavar="FILE",
+        help=".npz, folder or zip of samples; real-half: one half of the real images, scored against the "
+        "other; reconstructions: real images encoded and decoded by --vq, the floor")
+    add("--reference", choices=["originals", "reconstructions"], default="originals",
+        help="compare with real images as they are, or encoded and decoded by --vq")
+    add("--vq", help="the tokenizer of the reconstructions: a file or a run folder")
+    add("--floor-images", type=within(int, 4, 1e7),
+        help="how many, evenly spaced, --fake reconstructions has (default: at most 5000)")
+    add("--subset", default="", help="file with class folders of --real, one a line")
+    add("--split", choices=["train", "val"], default="train", help="which images of --real")
+    add("--image-size", type=within(int, 8, 4096),
+        help="centre-crop real images, pixels (default: to the fakes' size)")
+    add("--features", choices=["inception", "classifier"], default="inception")
+    add("--resize", choices=["adm", "pytorch-fid"], default="adm",
+        help="to 299 px; also tells whose statistics those are that do not say it")
+    add("--weights", help="InceptionV3's weights (default: downloaded once into --cache)")
+    add("--classifier", help="file of a classifier of an earlier table, instead of a new one")
+    add("--classifier-steps", type=within(int, 10, 1e7), default=1200, help="training steps of 64 images")
+    add("--cache", default="cache", help="folder for weights and trained classifiers")
+    add("--save-stats", help="file to which to write the real side's statistics as .npz")
+    add("--json", help="file to which to write the table, protocol and warnings")
+    add("--batch", type=within(int, 1, 100_000), default=64, help="images at once; no number depends on it")
+    add("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
     args = parser.parse_args(argv)
-    args.real = find_npz(args.real)
-    args.fake = list(dict.fromkeys(find_npz(name) for name in args.fake))
-    check_flags(args, {name for name, value in vars(args).items() if value != parser.get_default(name)})
-    return args
 
-
-def find_npz(name: str) -> str:
-    """`name`, or name.npz if only that exists; ValueError if it is empty."""
-    if not name:
-        raise ValueError("--real or --fake is empty (a variable that is not set?); name a file or a folder.")
-    if name in ("shapes", *REAL_ROWS) or Path(name).exists() or not Path(f"{name}.npz").is_file():
-        return name
-    return f"{name}.npz"
-
-
-def check_flags(args: argparse.Namespace, given: set[str]) -> None:
-    """Raise ValueError or OSError, in one sentence, for flags that do not go together or do nothing.
-
-    `given` are the names of the flags whose values are not the defaults.
-    """
-    classifier = args.features == "classifier"
-    decoded = args.reference == "reconstructions"
-    of_images = not args.real.endswith(".npz")
+    classifier, decoded = args.features == "classifier", args.reference == "reconstructions"
     if not args.fake and not args.save_stats:
         raise ValueError("nothing to do: name samples with --fake, or a file with --save-stats.")
-    for row in REAL_ROWS:
-        if not of_images and row in (*args.fake, args.reference):
-            raise ValueError(f"{row} is made of --real's images and {args.real} is an .npz; name a folder or "
-                             "a zip.")
-    if classifier and not of_images:
-        raise ValueError(f"--features classifier trains on labelled images and {args.real} is an .npz; name "
-                         "with --real a folder or a zip with one folder per class, or shapes.")
+    if "" in (args.real, *args.fake):
+        raise ValueError("--real or --fake is empty (a variable that is not set?); name a file or a folder.")
+    if args.real.endswith(".npz") and (classifier or decoded or args.subset or args.split == "val"
+                                       or set(args.fake) & set(REAL_ROWS)):
+        raise ValueError(f"{args.real} is an .npz: real-half, reconstructions, --subset, --split and "
+                         "--features classifier need a folder or a zip of images as --real.")
     if decoded and "reconstructions" in args.fake:
         raise ValueError("reconstructions cannot be fakes and the reference at once; leave one out.")
-    if args.split == "val" and "held-out" in args.fake:
-        raise ValueError("held-out is what --split val compares with; leave one of the two out.")
-    reconstructions = decoded or "reconstructions" in args.fake
-    if reconstructions and not args.vq:
-        raise ValueError("reconstructions need a tokenizer; name its file or a run folder with --vq.")
-
-    needs = {"vq": ("reconstructions in --fake or --reference", reconstructions),
-             "floor_images": ("--fake reconstructions", "reconstructions" in args.fake),
-             "subset": ("a folder or a zip as --real", of_images),
-             "split": ("a folder or a zip as --real", of_images),
-             "image_size": ("a folder or a zip as --real", of_images),
-             "weights": ("--features inception", not classifier),
-             "resize": ("--features inception", not classifier),
-             "save_stats": ("--features inception, a classifier's compare only in one table", not classifier),
-             "classifier_steps": ("--features classifier", classifier)}
-    for name, (what, there) in needs.items():
-        if name in given and not there:
-            raise ValueError(f"--{name.replace('_', '-')} works only with {what}; leave it out.")
-
-    if args.save_stats and not args.save_stats.endswith(".npz"):
-        raise ValueError(f"--save-stats {args.save_stats}: call it {args.save_stats}.npz, as --real wants.")
-    inputs = [args.real, *args.fake, args.weights, args.subset, args.vq and tokenizer_file(args.vq)]
-    inputs = {Path(name).resolve() for name in inputs if name}
-    for path in (args.save_stats, args.json):
-        if path and Path(path).resolve() in inputs:
+    if bool(args.vq) != (decoded or "reconstructions" in args.fake):
+        raise ValueError("--vq names the tokenizer of reconstructions, in --fake or --reference; give both.")
+    if classifier and args.save_stats or args.classifier and not classifier:
+        raise ValueError("--save-stats works only with --features inception, --classifier only with "
+                         "--features classifier; leave it out.")
+    if args.vq and Path(args.vq).is_dir():
+        args.vq = f"{args.vq}/tokenizer.pt"
+    for path in filter(None, (args.save_stats, args.json)):
+        if path in (args.real, *args.fake, args.vq, args.weights, args.classifier):
             raise ValueError(f"{path} is an input and would be overwritten; choose another name.")
-        if path:
-            check_output(path)
-    if args.save_stats and args.json and Path(args.save_stats).resolve() == Path(args.json).resolve():
-        raise ValueError(f"--json {args.json} would overwrite --save-stats; choose another name.")
-
-
-class Opened(NamedTuple):
-    """What the command line names, found and fitting together, before any long work."""
-    samples: dict[str, Side]  # of --fake, by name, without the rows made of real images
-    real: Side | None  # of an .npz
-    sets: dict[str, ImageSet]  # of other real images the splits that are needed
-    size: int | None  # to which they are centre-cropped, pixels; None: as they are
-    vq: VQModel | None
-
-
-def open_all(args: argparse.Namespace, device: torch.device) -> Opened:
-    """Open whatever the command line names; ValueError or OSError, in one sentence, if it does not fit.
-
-    Whether each picture can be read, and has its set's size, is only found where it is.
-    """
-    classifier = args.features == "classifier"
-    samples = {name: open_samples(name) for name in args.fake if name not in REAL_ROWS}
-    real, sets = None, {}
-    if args.real.endswith(".npz"):
-        real = npz_side(args.real)
-    else:
-        needed = [split for split in ("train", "val") if split == args.split or classifier
-                  or (split == "val" and "held-out" in args.fake)]
-        sets = {split: open_real(args.real, split, args.subset) for split in needed}
-    size = common_size([real, *samples.values()] if real else list(samples.values()), args.image_size)
-    if sets and size and size[0] != size[1]:
-        raise ValueError(f"real images are cropped to squares, the fakes are {size[1]} x {size[0]}; sample "
-                         "squares, or name an .npz with --real.")
-    if classifier:
-        samples = {name: replace(side, statistics={}) for name, side in samples.items()}
-        for side in samples.values():
-            check_classes(side, sets["train"])
-    vq = load_tokenizer(tokenizer_file(args.vq), device) if args.vq else None
-    if sets and not size and (classifier or vq):
-        size = (min(sets[args.split].read(0).size),) * 2
-    if vq:
-        check_image_size(size[0], vq.config)
-    return Opened(samples, real, sets, size[0] if size else None, vq)
-
-
-def common_size(sides: list[Side], asked: int | None) -> tuple[int, int] | None:
-    """The (H, W) of all sides and of --image-size; None if nothing tells; ValueError if they differ."""
-    names = {side.size: side.name for side in sides if side.size}
-    if asked:
-        names[asked, asked] = "--image-size"
-    if len(names) > 1:
-        told = ", ".join(f"{name} ({shape[1]} x {shape[0]})" for shape, name in names.items())
-        raise ValueError(f"images of different sizes do not compare: {told}; sample again at one size; "
-                         "--image-size crops real ones that are no .npz.")
-    return next(iter(names), None)
-
-
-def tokenizer_file(name: str) -> Path:
-    """The file that --vq names: itself, or tokenizer.pt in a run folder. Raises FileNotFoundError."""
-    path = Path(name) / "tokenizer.pt" if Path(name).is_dir() else Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no tokenizer {path}; name a tokenizer's file with --vq.")
-    return path
-
-
-def check_classes(side: Side, images: ImageSet) -> None:
-    """Raise ValueError, in one sentence, if a classifier of `images` cannot judge the samples of `side`."""
-    if side.size is None:
-        raise ValueError(f"--features classifier needs images; {side.name} holds statistics alone.")
-    K = len(images.classes)
-    if side.classes is not None and side.classes != images.classes:
-        differ = sorted(set(side.classes) ^ set(images.classes)) or ["their order"]
-        raise ValueError(f"{side.name} was drawn from {len(side.classes)} classes, {images.source} has {K}, "
-                         f"and they differ ({differ[0]}); these samples belong to other data.")
-    if side.labels is not None and not 0 <= side.labels.min() <= side.labels.max() < K:
-        raise ValueError(f"{side.name} has labels {side.labels.min()} to {side.labels.max()}, "
-                         f"{images.source} has {K} classes; these samples belong to other data.")
-
-
-def check_statistics(side: Side, features: str) -> None:
-    """Statistics must come from the same features. Those without a protocol are ADM's, hence of --resize adm.
-
-    Raises ValueError naming both sides.
-    """
-    unmarked = features if "resize adm" in features else "ADM's suite or another package"
-    made = side.protocol.get("features", unmarked)
-    if side.statistics and made != features:
-        raise ValueError(f"the statistics {side.name} were made with {made!r}, the images would be read with "
-                         f"{features!r}; use the same --features, --weights and --resize, or the images.")
-    for name, D in (("mu", 2048), ("mu_s", 2023)):
-        if len(side.statistics.get(name, range(D))) != D:
-            raise ValueError(f"{side.name} has statistics of {len(side.statistics[name])} features ({name}), "
-                             f"Inception has {D}; these are of another network.")
-
-
-def read_sides(args: argparse.Namespace, opened: Opened) -> tuple[Side, list[Side], dict[str, ImageSet]]:
-    """The real side, the fakes in the order named, and the sets of real images as they are compared.
-
-    Errors as `in_memory` and `image_side` raise.
-    """
-    samples, real, sets, size, vq = opened
-    rows = dict(samples)
-    if "reconstructions" in args.fake:
-        floor = image_side(in_memory(mixed(evenly_spaced(sets[args.split], args.floor_images)), size, vq))
-        rows["reconstructions"] = replace(floor, name="reconstructions (the floor)",
-                                          protocol={"made of": floor.name})
-    decoded = args.reference == "reconstructions"
-    if decoded or args.features == "classifier":
-        sets = {split: in_memory(images, size, vq if decoded else None) for split, images in sets.items()}
-    if "held-out" in args.fake:
-        held_out = image_side(mixed(sets["val"]), size)
-        rows["held-out"] = replace(held_out, name="held-out", protocol={"made of": held_out.name})
-    return real or image_side(sets[args.split], size), [rows[name] for name in args.fake], sets
+        check_output(path)
+    return args
 
 
 @enough_memory("lower --batch, or score fewer images")
@@ -1009,40 +885,67 @@ def main(argv: list[str] | None = None) -> None:
     if rank_and_world()[0] > 0:
         return  # one process does it all; more of them, under torchrun, would write the same files
     args = parse_args(argv)
-    device = choose_device(args.device)
-    opened, notes, warnings = open_all(args, device), [], []
-    if args.features == "inception":
-        model, features = load_inception(args.weights, args.cache, args.resize, device)
-        extract, suffix, dims = inception_extractor(model, args.resize, device), "", 2048
-        for side in filter(None, (opened.real, *opened.samples.values())):
-            check_statistics(side, features)
-        if INCEPTION_SHA256[:16] not in features:
-            warnings = ["warning: these are not the published Inception weights; the numbers compare only "
-                        "with each other"]
-        real, fakes, _ = read_sides(args, opened)
-    else:
-        real, fakes, sets = read_sides(args, opened)
-        model, features = load_classifier(sets["train"], sets["val"], opened.size, args.classifier_steps,
-                                          args.cache, device)
-        extract, suffix, dims = classifier_extractor(model, device), "-c", 256
-        notes = ["-c and class agreement are this classifier's: compare them with each other, never with FID"]
-        notes += [f"{side.name} has no labels (arr_1), hence no class agreement"
-                  for side in fakes if side.labels is None]
-    if opened.vq:
-        notes.append(f"tokenizer of the reconstructions: {args.vq} ({fingerprint(opened.vq)})")
+    device, classifier = choose_device(args.device), args.features == "classifier"
 
+    # Both sides, opened: what does not fit together is found before the long work.
+    vq = load_tokenizer(args.vq, device) if args.vq else None
+    samples = {name: open_samples(name) for name in args.fake if name not in REAL_ROWS}
+    images = None if args.real.endswith(".npz") else open_real(args, args.split)
+    given = [*samples.values()] if images else [npz_side(args.real), *samples.values()]
+    size = common_size(images, given, args.image_size)
+    if images and not size and (vq or classifier):
+        size = min(images.read(0).size)
+    if vq:
+        check_image_size(size, vq.config)
+    decode = vq if args.reference == "reconstructions" else None
+    real = image_side(images, size) if images else given[0]
+
+    # The network in whose features they are compared.
+    if classifier:
+        for side in given:
+            check_labels(side, real)
+        real = in_memory(real, decode)
+        path = args.classifier
+        if not path:
+            train, held_out = (
+                real if split == args.split else in_memory(image_side(open_real(args, split), size), decode)
+                for split in ("train", "val"))
+            path = find_classifier(train, held_out, args.classifier_steps, args.cache, device)
+        model, features = load_classifier(path, real, device)
+        extract, suffix = classifier_extractor(model, device), "-c"
+    else:
+        model, features = load_inception(args.weights, args.cache, args.resize, device)
+        extract, suffix = inception_extractor(model, args.resize, device), ""
+        for side in given:
+            check_statistics(side, features)
+        real = in_memory(real, decode) if decode else real
+
+    # One row for each of --fake.
     reference = feature_statistics(real, extract, args.batch)
     if args.save_stats:
         about = json.dumps({"images": real.count, "source": real.name, "fingerprint": real.fingerprint,
                             "features": features})
         write_file(args.save_stats, lambda file: np.savez(file, **reference.moments, protocol=about))
-    rows = {side.name: compare(reference, feature_statistics(side, extract, args.batch, CONVENTION), suffix)
-            for side in fakes}
-    if rows:
-        print(format_table(rows))
-    protocol = protocol_lines(real, fakes, features) + notes
-    warnings = warning_lines(real, fakes, dims) + warnings
-    print("\n".join(protocol + warnings))
+    rows, fakes, notes = {}, [], []
+    for name in args.fake:
+        side, other, theirs = samples.get(name), real, reference
+        if name == "reconstructions":
+            side = the_floor(images, size, vq, args.floor_images)
+        elif name == "real-half":
+            side, other = real_halves(images, size, decode, [sample.count for sample in samples.values()])
+            theirs = feature_statistics(other, extract, args.batch)
+        rows[side.name] = compare(theirs, feature_statistics(side, extract, args.batch, CONVENTION), suffix)
+        fakes.append(side)
+        if classifier:
+            bias = expected_distance(reference.moments["sigma"], side.count, other.count)
+            notes.append(f"{side.name}: FD-c of two samples of one distribution, {side.count:,} and "
+                         f"{other.count:,} images, would be about {bias:.3f}")
+
+    if classifier:
+        notes += [f"classifier: {path}; --classifier uses it again",
+                  "-c and class agreement are its own: compare them with each other, never with FID"]
+    protocol, warnings = protocol_lines(real, fakes, features) + notes, warning_lines(real, fakes, features)
+    print("\n".join([*([format_table(rows)] if rows else []), *protocol, *warnings]))
     if args.json:
         scores = {"scores": rows, "protocol": protocol, "warnings": warnings, "settings": vars(args)}
         write_file(args.json, lambda file: file.write(json.dumps(scores, indent=1).encode()))

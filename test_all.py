@@ -1903,62 +1903,58 @@ def gaussian(x):
     return x.mean(0), np.cov(x, rowvar=False)
 
 
-def test_fid_frechet_closed_forms():
-    """Known Gaussians, scipy's matrix square root, a set with itself, rank-deficient covariances."""
+def test_fid_frechet_distance():
+    """Against scipy's matrix square root, with fewer samples than features, as many, and more."""
     rng = np.random.default_rng(0)
-    a, b, m = rng.uniform(0.1, 2, 40), rng.uniform(0.1, 2, 40), rng.standard_normal(40)
-    Q = np.linalg.qr(rng.standard_normal((40, 40)))[0]  # shared axes: the covariances commute
-    closed = m @ m + np.square(np.sqrt(a) - np.sqrt(b)).sum()
-    got = fid.frechet_distance(np.zeros(40), Q * a @ Q.T, m, Q * b @ Q.T)
-    assert abs(got - closed) < 1e-6, (got, closed)
-    for n in (30, 41, 400):  # fewer samples than features, as many, more
+    a, b, Q = rng.uniform(0.1, 2, 40), rng.uniform(0.1, 2, 40), rng.standard_normal((40, 40)) / 6
+    for n in (30, 41, 400):
         x, y = rng.standard_normal((n, 40)) * a, rng.standard_normal((n + 5, 40)) @ Q * b + 0.3
         (mu1, s1), (mu2, s2) = gaussian(x), gaussian(y)
-        ridge = 1e-12 * np.eye(40)
-        root = scipy.linalg.sqrtm((s1 + ridge) @ (s2 + ridge)).real
+        root = scipy.linalg.sqrtm((s1 + 1e-12 * np.eye(40)) @ (s2 + 1e-12 * np.eye(40))).real
         oracle = np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * root)
-        got = fid.frechet_distance(mu1, s1, mu2, s2)
-        assert abs(got - oracle) < 1e-4 * oracle, (n, got, oracle)
-        assert abs(fid.frechet_distance(mu1, s1, mu1, s1)) < 1e-6
-        assert abs(fid.frechet_distance(mu2, s2, mu1, s1) - got) < 1e-8
+        close(f"of {n} samples", fid.frechet_distance(mu1, s1, mu2, s2), oracle, 1e-4)
+        close("with itself", fid.frechet_distance(mu1, s1, mu1, s1), 0)
     refuses(ValueError, "40 39 features", fid.frechet_distance, mu1, s1, mu2[1:], s2[1:, 1:])
     refuses(ValueError, "negative eigenvalues", fid.frechet_distance, mu1, s1 - 9 * np.eye(40), mu2, s2)
+    refuses(ValueError, "finite", fid.frechet_distance, mu1 * np.nan, s1, mu2, s2)
 
 
-def test_fid_moments_and_inception_score():
-    """Streamed moments equal numpy's far from zero; IS by hand, 0 log 0 = 0."""
-    x = 1000 + np.random.default_rng(1).standard_normal((101, 7))
-    for batch in (1, 10, 101):
-        moments = fid.Moments()
-        for part in torch.from_numpy(x).split(batch):
-            moments.add(part)
-        for got, oracle in zip(moments.result(), gaussian(x)):
-            assert np.allclose(got, oracle, rtol=1e-9, atol=1e-9)
-    assert abs(fid.inception_score(np.eye(4)) - 4) < 1e-12  # certain and diverse: the number of classes
-    assert abs(fid.inception_score(np.full((6, 4), 0.25)) - 1) < 1e-12
+def test_fid_moments_scores_and_bias():
+    """Streamed moments equal numpy's far from zero; IS by hand, 0 log 0 = 0; the bias by simulation."""
+    rng = np.random.default_rng(1)
+    x, moments = 1000 + rng.standard_normal((101, 7)), fid.Moments()
+    for part in torch.from_numpy(x).split(10):
+        moments.add(part)
+    for got, oracle in zip(moments.result(), gaussian(x)):
+        close("moments", got, oracle, 1e-9)
+    close("certain and diverse: the number of classes", fid.inception_score(np.eye(4)), 4)
     p = np.array([[0.9, 0.1], [0.2, 0.8]])
     kl = sum(p[i, j] * np.log(p[i, j] / p[:, j].mean()) for i in range(2) for j in range(2)) / 2
-    assert abs(fid.inception_score(p) - np.exp(kl)) < 1e-12
+    close("IS", fid.inception_score(p), np.exp(kl))
+    spread = np.exp(-np.arange(20) / 5)
+    seen = [fid.frechet_distance(*gaussian(rng.standard_normal((300, 20)) * spread),
+                                 *gaussian(rng.standard_normal((700, 20)) * spread)) for _ in range(100)]
+    assert abs(fid.expected_distance(np.diag(spread ** 2), 300, 700) / np.mean(seen) - 1) < 0.1, np.mean(seen)
 
 
 def test_fid_precision_recall_brute_force():
     """Against loops over all pairs, in blocks of every size; copies, ties and disjoint sets."""
     rng = np.random.default_rng(2)
 
-    def brute(real, fake, k):
-        def radius(x, i):
-            return sorted(np.square(x[i] - y).sum() for j, y in enumerate(x) if j != i)[k - 1]
-        precision = [any(np.square(f - r).sum() <= radius(real, i) for i, r in enumerate(real)) for f in fake]
-        recall = [any(np.square(f - r).sum() <= radius(fake, i) for i, f in enumerate(fake)) for r in real]
-        return np.mean(precision), np.mean(recall)
+    def inside(x, manifold, k):  # the share of x in the manifold
+        radii = [sorted(np.square(a - b).sum() for b in manifold)[k] for a in manifold]
+        return np.mean([any(np.square(a - b).sum() <= r for b, r in zip(manifold, radii)) for a in x])
 
     for real, fake in ((rng.standard_normal((30, 3)), rng.standard_normal((21, 3)) * 0.6 + 0.4),
                        (rng.integers(0, 4, (25, 2)), rng.integers(0, 5, (30, 2)))):  # integers: many ties
-        for k, block in ((3, 500), (3, 4), (1, 7), (5, 30)):
-            assert np.allclose(fid.precision_recall(real, fake, k, block), brute(real, fake, k)), (k, block)
+        for k, block in ((3, 500), (1, 7), (5, 30)):
+            expected = inside(fake, real, k), inside(real, fake, k)
+            close(f"k = {k}", fid.precision_recall(real, fake, k, block), expected)
     x = rng.standard_normal((20, 600)).astype(np.float32).repeat(5, 0)  # each image five times: radii of zero
     assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 100) == (0, 0)
-    refuses(ValueError, "more than 3 images", fid.precision_recall, x[:3], x)
+    wide, narrow = (fid.Statistics({}, scale * rng.standard_normal((30, 6)), scale) for scale in (1, 0.3))
+    row = fid.compare(wide, narrow)
+    assert row["precision"] == 1 > row["recall"] and row["IS"] == 0.3
 
 
 def test_fid_resize_adm():
@@ -1980,7 +1976,7 @@ def test_fid_resize_adm():
 
 @lru_cache(maxsize=1)
 def inception_weights():
-    """Weights drawn from bytes, which every numpy draws alike; variances near .01 make epsilon count."""
+    """A file of weights drawn from bytes, which every numpy draws alike; small variances: epsilon counts."""
     draw, state = np.random.RandomState(0), {}
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in sorted(fid.InceptionV3().state_dict().items())}
@@ -1999,7 +1995,8 @@ def inception_weights():
         else:
             x = x - 0.5
         state[name] = x
-    return state
+    torch.save(state, workshop() / "inception.pth")
+    return workshop() / "inception.pth"
 
 
 # mean and deviation of pool3, its mean over Mixed_7c's pooled branch, the mean of the spatial features, the
@@ -2010,63 +2007,26 @@ PYTORCH_FID = {"adm": [2.279501, 3.242745, 2.948242, 1.953332, 0.004958],
 
 def test_fid_inception_is_pytorch_fids():
     """Golden numbers: see padding in the averages, no max pool in Mixed_7c, another epsilon or range."""
+    network, _ = fid.load_inception(inception_weights(), "")
+    layout = [[name, list(value.shape)] for name, value in sorted(network.state_dict().items())]
+    assert tokenizer.digest(layout) == "98efe1f44183bf67"  # pytorch-fid's names and shapes
     noise = np.frombuffer(np.random.RandomState(1).bytes(299 * 299 * 3), np.uint8).reshape(1, 299, 299, 3)
     pixels = noise // 4 + np.linspace(0, 190, 299).astype(np.uint8)[:, None, None]  # 299 px: not resized
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(inception_weights(), f"{folder}/weights.pth")
-        network, _ = fid.load_inception(f"{folder}/weights.pth", folder)
     for resize, golden in PYTORCH_FID.items():
-        found = fid.inception_extractor(network, resize)(pixels)
-        got = [found.pool.mean(), found.pool.std(), found.pool[:, -192:].mean(), found.spatial.mean(),
-               found.probabilities.max()]
-        assert np.allclose(got, golden, rtol=1e-4, atol=0), (resize, got)
+        for _ in range(2):
+            found = fid.inception_extractor(network, resize)(pixels)
+            got = [found.pool.mean(), found.pool.std(), found.pool[:, -192:].mean(), found.spatial.mean(),
+                   found.probabilities.max()]
+            assert np.allclose(got, golden, rtol=1e-4, atol=0), (resize, got)
+            network.fc.bias.copy_(torch.randn(1008))  # the probabilities do not see it
+    assert found.spatial.shape == (1, 2023)
     seen, small = [], noise[:, :5, :7]
     network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     fid.inception_extractor(network, "pytorch-fid")(small)
     x = torch.from_numpy(small).movedim(-1, 1).float()
-    expected = F.interpolate(x, (299, 299), mode="bilinear") / 127.5 - 1
-    assert torch.allclose(seen[0], expected, atol=1e-6)
-
-
-def test_fid_inception_weights():
-    """The published layout is loaded strictly, with and without counters; other files are named."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, state = Path(folder, "weights.pth"), inception_weights()
-        torch.save(state, path)
-        network, _ = fid.load_inception(path, folder)
-        whole = network.state_dict()
-        assert len(state) == 472 and len(whole) == 566
-        layout = tokenizer.digest([[name, list(value.shape)] for name, value in sorted(whole.items())])
-        assert layout == "98efe1f44183bf67"  # names and shapes of pytorch-fid's fid_inception_v3()
-        assert all(torch.equal(whole[name], value) for name, value in state.items())
-        pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-        extract = fid.inception_extractor(network)
-        f, alone = extract(pixels), extract(pixels[:1])
-        assert f.pool.shape == (3, 2048) and f.spatial.shape == (3, 2023)
-        assert f.probabilities.shape == (3, 1008)
-        assert torch.allclose(f.pool[:1], alone.pool, rtol=1e-4, atol=1e-5)  # nobody sees the neighbours
-        network.fc.bias.copy_(torch.randn(1008))
-        assert torch.equal(extract(pixels).probabilities, f.probabilities)  # guards IS against the bias
-        path.write_bytes(path.read_bytes()[:1000])
-        refuses(ValueError, "weights.pth damaged", fid.load_inception, path, folder)
-        torch.save({name: value for name, value in state.items() if name != "fc.weight"}, path)
-        refuses(ValueError, "not FID's fc.weight", fid.load_inception, path, folder)
-        torch.save(state | {"fc.weight": state["fc.weight"][:1000]}, path)
-        refuses(ValueError, "not FID's fc.weight", fid.load_inception, path, folder)
-
-
-def test_a_failed_download_is_no_full_disk():
-    """A server that falls silent in the middle is told from a disk that is full; nothing is left behind."""
-    response = MagicMock()
-    read, full = response.__enter__.return_value.read, MagicMock()
-    full.write.side_effect = OSError(28, "No space left on device")
-    with tempfile.TemporaryDirectory() as folder, \
-            patch.object(fid.urllib.request, "urlopen", return_value=response):
-        read.side_effect = [b"half", TimeoutError("timed out")]
-        refuses(ValueError, "cannot be fetched (timed out) --weights", fid.load_inception, None, folder)
-        assert not list(Path(folder).iterdir())
-        read.side_effect = [b"half", b""]
-        refuses(OSError, "No space left", fid._download_inception, full)
+    close("pytorch-fid's input", seen[0], F.interpolate(x, (299, 299), mode="bilinear") / 127.5 - 1)
+    wrong = altered(inception_weights(), **{"fc.weight": torch.zeros(1000, 2048)})
+    refuses(ValueError, "inception.pth InceptionV3 fc.weight", fid.load_inception, wrong, "")
 
 
 def mean_features(pixels):
@@ -2077,325 +2037,203 @@ def mean_features(pixels):
 
 
 def test_fid_sides_and_statistics():
-    """npz and flat folder give the same pixels; no number depends on the batch; statistics are reusable."""
+    """npz and folder give the same pixels; no number depends on the batch; ADM's own statistics are used."""
+    folder, labels = scratch(), np.arange(11) % 3
     pixels = np.random.default_rng(3).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("error")  # no "NumPy array is not writable"
-        flat, npz = Path(folder, "flat"), f"{folder}/images.npz"
-        flat.mkdir()
-        for i, image in enumerate(pixels):
-            Image.fromarray(image).save(flat / f"{i:02d}.png")
-        protocol = json.dumps({"cfg": 1.5, "weights": "ema"})
-        labels, classes = np.arange(11) % 3, ["a", "b", "c"]
-        np.savez_compressed(npz, arr_0=pixels, arr_1=labels, protocol=protocol, classes=classes)
-        sides = [fid.npz_side(npz), fid.image_side(fid.all_images(flat))]
-        for side in sides:
-            assert side.count == 11 and side.size == (8, 8)
-            assert all((np.concatenate(list(side.batches(batch))) == pixels).all() for batch in (1, 4, 50))
-        assert sides[0].protocol["cfg"] == 1.5 and sides[0].classes == classes and sides[1].labels is None
-        a, b = (fid.feature_statistics(sides[0], mean_features, batch) for batch in (1, 5))
-        for name in ("mu", "sigma", "mu_s", "sigma_s"):
-            assert np.allclose(a.moments[name], b.moments[name], rtol=1e-6)
-        assert abs(a.score / b.score - 1) < 1e-6 and a.agreement == b.agreement
-        row = fid.compare(a, b)
-        assert max(abs(row["FID"]), abs(row["sFID"])) < 1e-6 and row["precision"] == row["recall"] == 1
-        exact = mean_features(pixels)
-        assert np.allclose(a.moments["mu_s"], exact.spatial.mean(0))
-        assert a.agreement == np.mean(exact.probabilities.argmax(1).numpy() == labels)
-        with patch.object(fid, "SPLIT", 4):  # the shorter last split counts like the others
-            in_splits = fid.feature_statistics(sides[0], mean_features, 3).score
-        assert abs(in_splits - np.mean([fid.inception_score(exact.probabilities[i:i + 4].numpy())
-                                        for i in (0, 4, 8)])) < 1e-12
-        some = fid.feature_statistics(sides[0], mean_features, 4, keep=5).features
-        assert np.allclose(some, exact.pool[[0, 2, 5, 7, 10]])  # evenly spaced
-        rng = np.random.default_rng(0)
-        wide, narrow = (fid.Statistics({}, scale * rng.standard_normal((30, 6)), score)
-                        for scale, score in ((1, 1.0), (0.3, 2.0)))
-        row = fid.compare(wide, narrow)
-        assert row["precision"] == 1 > row["recall"] and row["IS"] == 2
-        np.savez(npz, arr_0=pixels, mu=a.moments["mu"] + 1, sigma=a.moments["sigma"])  # ADM's reference files
-        assert np.allclose(fid.feature_statistics(fid.npz_side(npz), mean_features).moments["mu"],
-                           a.moments["mu"] + 1)
-        np.savez(npz, **a.moments)  # statistics alone
-        again = fid.npz_side(npz)
-        row = fid.compare(fid.feature_statistics(again, mean_features), b)
-        assert abs(row["FID"]) < 1e-6 and row["precision"] is None
-        refuses(ValueError, "images.npz pytorch-fid", fid.check_statistics, again, "resize pytorch-fid")
-        refuses(ValueError, "6 features 2048", fid.check_statistics, again, "resize adm")
-        told = "\n".join(fid.protocol_lines(sides[0], sides[:1], "features: x")
-                         + fid.warning_lines(sides[0], sides[:1], 2048))
-        for word in ("cfg 1.5", "weights ema", sides[0].fingerprint, "11 images", "rank-deficient", "50,000"):
-            assert word in told, word
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    np.savez_compressed(folder / "x.npz", arr_0=pixels, arr_1=labels)
+    side, flat = fid.npz_side(folder / "x.npz"), fid.open_samples(str(folder))
+    assert (np.concatenate(list(flat.batches(4))) == pixels[fid.mixed(11)]).all()
+    exact, p = mean_features(pixels), mean_features(pixels).probabilities.numpy()
+    with patch.object(fid, "SPLIT", 4):  # the shorter last split counts like the others
+        a, b = (fid.feature_statistics(side, mean_features, batch, 5) for batch in (1, 3))
+    for got in (a, b):
+        close("mean", got.moments["mu"], exact.pool.mean(0))
+        close("spatial covariance", got.moments["sigma_s"], gaussian(exact.spatial.numpy())[1])
+        close("agreement", got.agreement, np.mean(p.argmax(1) == labels))
+        close("IS", got.score, np.mean([fid.inception_score(p[i:i + 4]) for i in (0, 4, 8)]))
+        close("evenly spaced", got.features, exact.pool[[0, 2, 5, 7, 10]])
+    row = fid.compare(a, b)
+    close("with itself", [row["FID"], row["sFID"], row["precision"], row["recall"]], [0, 0, 1, 1])
+    np.savez(folder / "x.npz", arr_0=pixels, mu=a.moments["mu"] + 1, sigma=a.moments["sigma"])
+    again = fid.feature_statistics(fid.npz_side(folder / "x.npz"), mean_features)
+    close("the file's mean", again.moments["mu"], a.moments["mu"] + 1)
+    for words, arrays in (("neither", dict(images=pixels)), ("float32", dict(arr_0=pixels.astype("f4"))),
+                          ("labels (3,)", dict(arr_0=pixels, arr_1=labels[:3])),
+                          ("finite", dict(mu=np.zeros(3), sigma=np.full((3, 3), np.nan))),
+                          ("allow_pickle", dict(arr_0=pixels, classes=np.array([None])))):  # could run code
+        np.savez(folder / "x.npz", **arrays)
+        refuses(ValueError, f"x.npz {words}", fid.npz_side, folder / "x.npz")
+    (folder / "10.png").write_bytes(b"no picture")
+    refuses(ValueError, "10.png", list, flat.batches(4))
+    Image.new("RGB", (8, 9)).save(folder / "10.png")
+    refuses(ValueError, "different sizes --image-size", list, fid.open_samples(str(folder)).batches(4))
 
 
-def test_fid_mixes_folders_for_the_inception_score():
-    """In the order of its folders a set's splits would hold few classes: 3 classes in 12 splits of one."""
-    colours = np.eye(3, dtype=np.uint8).repeat(20, 0) * 90  # 60 plain images, class after class
-    labels = np.arange(60) // 20
-    read = [Image.new("RGB", (8, 8), tuple(map(int, colour))) for colour in colours]
-    names = [f"{i:02d}" for i in range(60)]
-    images = tokenizer.ImageSet("x", "", names, labels, ["red", "green", "blue"], "", read.__getitem__)
-    again = fid.mixed(images)
-    assert sorted(again.names) == images.names and same(again.names, fid.mixed(images).names)
-    assert all(again.read(i) is read[int(name)] and again.labels[i] == int(name) // 20
-               for i, name in enumerate(again.names))
-    with patch.object(fid, "SPLIT", 20):
-        ordered, shuffled = (fid.feature_statistics(fid.image_side(some), mean_features).score
-                             for some in (images, again))
-    assert abs(ordered - 1) < 1e-6 and shuffled > 2.5
+def a_real_side(split="train"):
+    return fid.in_memory(fid.image_side(tokenizer.open_images(workshop() / "images", split), 16))
 
 
-def test_fid_bad_files():
-    """Each ends in one sentence that names the file, before any work."""
-    good = np.zeros((4, 8, 8, 3), np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "x.npz")
-        nan = np.full((3, 3), np.nan)
-        for words, arrays in (
-                ("neither", dict(images=good)),
-                ("float32", dict(arr_0=good.astype(np.float32))),
-                ("(3, 8, 8, 3)", dict(arr_0=good[:3])),
-                ("(4, 8, 8, 1)", dict(arr_0=good[..., :1])),
-                ("labels (3,)", dict(arr_0=good, arr_1=np.zeros(3, int))),
-                ("labels float64", dict(arr_0=good, arr_1=np.zeros(4))),
-                ("sigma (0,)", dict(mu=np.zeros(3))),
-                ("sigma (2, 2)", dict(mu=np.zeros(3), sigma=np.eye(2))),
-                ("mu finite", dict(mu=np.zeros(3), sigma=nan)),
-                ("mu finite", dict(mu=np.zeros(3), sigma=np.eye(3) * 1j)),
-                ("mu_s sigma_s", dict(arr_0=good, mu_s=np.zeros(3))),
-                ("JSON", dict(arr_0=good, protocol="not json")),
-                ("damaged", dict(arr_0=good, classes=np.array([None, 1])))):  # a pickle: could run code
-            np.savez(path, **arrays)
-            refuses(ValueError, f"x.npz {words}", fid.npz_side, path)
-        np.savez(path, arr_0=good, arr_1=np.arange(4))
-        whole = path.read_bytes()
-        for damaged in (whole[:300], b"", b"\x93NUMPY", whole.replace(b"\0" * 99, b"\1" * 99)):
-            path.write_bytes(damaged)
-            refuses(ValueError, "x.npz damaged", fid.npz_side, path)
-        refuses(FileNotFoundError, "none.npz", fid.npz_side, f"{folder}/none.npz")
-        refuses(FileNotFoundError, "none", fid.all_images, f"{folder}/none")
-        for i, side in enumerate((8, 8, 8, 9)):
-            Image.new("RGB", (side, side)).save(f"{folder}/{i}.png")
-        batches = fid.image_side(fid.all_images(folder)).batches
-        refuses(ValueError, "different sizes --image-size", lambda: list(batches(2)))
-        Path(folder, "3.png").write_bytes(b"no picture")
-        refuses(ValueError, "3.png remove replace --skip-corrupt", lambda: list(batches(4)))
+def test_fid_halves_and_floor():
+    """The halves share no image and leave none out; the floor is evenly spaced; in no order of folders."""
+    images, vq = tokenizer.open_images(workshop() / "images"), tokenizer.load_tokenizer(workshop() / "vq.pt")
+    whole = a_real_side()
+    for counts, expected in (([60, 50], 22), ([60, 9], 9), ([], 22)):
+        half, others = (fid.in_memory(side) for side in fid.real_halves(images, 16, None, counts))
+        a, b, both = ([x.tobytes() for x in side.pixels] for side in (half, others, whole))
+        assert sorted(a + b) == sorted(both) and len(a) == expected and b != sorted(b, key=both.index)
+    for count in (None, 20):
+        floor, rows = fid.the_floor(images, 16, vq, count), np.linspace(0, 43, count or 44).astype(int)
+        decoded = tokenizer.reconstruct(vq, torch.from_numpy(whole.pixels[rows])).numpy()
+        order = fid.mixed(len(rows))
+        assert (floor.pixels == decoded[order]).all() and (floor.labels == whole.labels[rows][order]).all()
+        assert sorted(order) != order.tolist()
+    refuses(ValueError, "45 has 44", fid.the_floor, images, 16, vq, 45)
 
 
 def test_fid_classifier():
-    """Twice the same; every size works; the cache knows the pixels; the global generator is untouched."""
-    with torch.no_grad():
-        for side in range(1, 10):
-            assert fid.ResidualBlock(2, 3)(torch.zeros(2, 2, side, side)).shape[-1] == (side + 1) // 2
-        for size in (8, 28, 36, 100, 250):
-            assert fid.Classifier(5, size).eval()(torch.zeros(1, 3, size, size))[1].shape == (1, 5)
-    rng = np.random.default_rng(4)
-    with tempfile.TemporaryDirectory() as folder:
-        real, cache = Path(folder, "real"), Path(folder, "cache")
-        for c, colour in enumerate(("red", "green", "blue")):
-            (real / colour).mkdir(parents=True)
-            for i in range(30):  # noise with a tint; bitmaps, all of one length
-                tint = rng.integers(0, 160, (16, 16, 3)) + 60 * (np.arange(3) == c)
-                Image.fromarray(tint.astype(np.uint8)).save(real / colour / f"{i}.bmp")
+    """Of the training images alone, twice the same, whole or not there; its accuracy is that on others."""
+    for size in (8, 28, 250):
+        assert fid.Classifier(5, size).eval()(torch.zeros(1, 3, size, size))[1].shape == (1, 5)
+    side, held_out, cache, before = a_real_side(), a_real_side("val"), scratch(), torch.get_rng_state()
+    expected = fid.train_classifier(side, 12).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
 
-        def sets():
-            return [fid.in_memory(fid.open_real(real, split), 16) for split in ("train", "val")]
+    def half_written(content, file):
+        (file if hasattr(file, "write") else open(file, "wb")).write(b"half")
+        raise OSError("disk full")
 
-        before, (train, val) = torch.get_rng_state(), sets()
-        a, b = (fid.train_classifier(train, 16, 2, batch=8) for _ in range(2))
-        assert same(a.state_dict(), b.state_dict()) and torch.equal(before, torch.get_rng_state())
-        network, line = fid.load_classifier(train, val, 16, 12, cache)
-        again, line_again = fid.load_classifier(*sets(), 16, 12, cache)
-        assert line == line_again and "held-out" in line and len(list(cache.iterdir())) == 1
-        assert same(network.state_dict(), again.state_dict())
-        got = fid.feature_statistics(fid.image_side(val), fid.classifier_extractor(again), 5)
-        assert got.agreement > 0.6 and f"{got.agreement:.1%}" in line
-        others = tokenizer.replace(val, labels=(val.labels + 1) % 3)  # most of which are wrong
-        line = fid.load_classifier(train, others, 16, 12, Path(folder, "elsewhere"))[1]
-        wrong = fid.feature_statistics(fid.image_side(others), fid.classifier_extractor(again)).agreement
-        assert wrong < 0.4 and f"right on {wrong:.1%} of" in line
-        row = fid.compare(got, got, "-c")
-        assert list(row) == ["FD-c", "IS-c", "precision-c", "recall-c", "class agreement"]
-        assert abs(row["FD-c"]) < 1e-6 and row["IS-c"] == got.score
-        next(cache.iterdir()).write_bytes(b"cut")
-        refuses(ValueError, "damaged", fid.load_classifier, train, val, 16, 12, cache)
-        (real / "red" / "0.bmp").write_bytes((real / "green" / "0.bmp").read_bytes())
-        changed = [some.fingerprint for some in sets()]
-        assert changed != [train.fingerprint, val.fingerprint]  # a picture replaced by another of its length
+    with patch.object(torch, "save", half_written):
+        refuses(OSError, "disk full", fid.find_classifier, side, held_out, 12, cache)
+    assert not list(cache.iterdir())
+    path = fid.find_classifier(side, held_out, 12, cache)
+    assert path == fid.find_classifier(side, held_out, 12, cache)
+    network, line = fid.load_classifier(path, side)
+    assert same(network.state_dict(), expected)
+    found = fid.classifier_extractor(network)(held_out.pixels)
+    right = (found.probabilities.argmax(1).numpy() == held_out.labels).mean()
+    assert f"on 44 images of {side.name}" in line and f"right on {right:.1%} of 4 held-out" in line
+    logits = network(tokenizer.to_float(torch.from_numpy(held_out.pixels)))[1]
+    close("probabilities", found.probabilities, logits.softmax(1))
+    others = tokenizer.replace(side, classes=[*"abcd"])
+    refuses(ValueError, f"{path.name} other classes", fid.load_classifier, path, others)
 
 
 def test_what_the_classifier_learns_from():
-    """All shifts up to an eighth, both flips, each with its label; and what is taken of many images."""
+    """All shifts up to an eighth and both flips, each with its label."""
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)  # no two pixels alike
-    whole = np.stack([ramp, 255 - ramp])
-    images = fid.ImageSet("two", "train", ["a", "b"], np.array([0, 1]), ["x", "y"], "",
-                          lambda i: Image.fromarray(whole[i]))
-    many = fid.pick(images, np.repeat([0, 1], 5))
-    assert fid.evenly_spaced(many, 4).names == ["a", "a", "b", "b"] and len(fid.evenly_spaced(many, 11)) == 10
-    padded = np.pad(whole, ((0, 0), (2, 2), (2, 2), (0, 0)), "reflect")
+    side = tokenizer.replace(a_real_side(), pixels=np.stack([ramp, 255 - ramp]), labels=np.arange(2), count=2)
+    padded = np.pad(side.pixels, ((0, 0), (2, 2), (2, 2), (0, 0)), "reflect")
     known = {padded[label, y:y + 16, x:x + 16][:, ::flip].tobytes(): (label, y, x, flip)
              for label in (0, 1) for y in range(5) for x in range(5) for flip in (1, -1)}
-    pixels, labels = map(np.concatenate, zip(*fid._training_batches(images, 16, 32, 32)))
+    pixels, labels = map(np.concatenate, zip(*fid.training_batches(side, 32, 32)))
     found = [known[image.tobytes()] for image in pixels]
     assert [label for label, *_ in found] == labels.tolist() and labels.mean() == 0.5
     assert len({tuple(place) for _, *place in found}) == 50
 
 
-def test_fid_scores_samples_and_the_floor():
-    """fid.py from its command line: many rows, the floor, and decoded images as the reference."""
-    root = workshop()
-    samples = fid.in_memory(fid.open_real(root / "images"), 16)
-    pixels = np.stack([np.asarray(samples.read(i)) for i in range(44)])
-    arrays = dict(arr_0=pixels, arr_1=samples.labels)
-    np.savez(root / "good.npz", classes=samples.classes, **arrays)
-    np.savez(root / "unnamed.npz", arr_0=pixels)
-    real = ["--real", "images", "--features", "classifier", "--classifier-steps", 10]
-    written = ["--vq", "vq.pt", "--json", "scores.json"]
-    table = run(fid.main, *real, *written, "--fake", "good", "unnamed.npz", "held-out", "reconstructions")
-    content = json.loads((root / "scores.json").read_text())
-    good, unnamed, held_out, floor = content["scores"].values()
-    assert list(content["scores"])[2:] == ["held-out", "reconstructions (the floor)"]
-    assert abs(good["FD-c"]) < 1e-4 < floor["FD-c"]  # good.npz holds the training images themselves
-    assert unnamed["class agreement"] is None and floor["class agreement"] is not None
-    assert all(line in table for line in content["protocol"])
-    assert content["settings"]["classifier_steps"] == 10
+def scores(*argv):
+    """The protocol of fid.py, as one text, and its rows."""
+    run(fid.main, *argv, "--json", "scores.json")
+    content = json.loads((workshop() / "scores.json").read_text())
+    return "\n".join(content["protocol"] + content["warnings"]), content["scores"]
 
+
+def test_fid_scores_samples_halves_and_the_floor():
+    """fid.py from its command line: many rows, and decoded images as the reference of a named classifier."""
+    root, side, images = workshop(), a_real_side(), tokenizer.open_images(workshop() / "images")
     vq = tokenizer.load_tokenizer(root / "vq.pt")
-    decoded = tokenizer.reconstruct(vq, torch.from_numpy(pixels))
-    np.savez(root / "decoded.npz", arr_0=decoded, arr_1=samples.labels)
-    run(fid.main, *real, *written, "--reference", "reconstructions", "--fake", "decoded.npz", "held-out")
-    content = json.loads((root / "scores.json").read_text())
-    row = content["scores"]["decoded.npz"]
-    assert abs(row["FD-c"]) < 1e-4 and row["precision-c"] == row["recall-c"] == 1  # the reference itself
-    decoded = f"decoded by tokenizer {tokenizer.fingerprint(vq)}"
-    assert sum(decoded in line for line in content["protocol"]) == 3  # reference, held-out, classifier
+    np.savez(root / "good.npz", arr_0=side.pixels, arr_1=side.labels, classes=side.classes)
+    np.savez(root / "few.npz", arr_0=side.pixels[:9])
+    np.savez(root / "decoded.npz", arr_0=tokenizer.reconstruct(vq, torch.from_numpy(side.pixels)))
+    (root / "scores.json").write_text("old")
+    os.link(root / "scores.json", root / "link.json")
+    real, tokens = ["--real", "images", "--features", "classifier"], ["--vq", "vq.pt"]
+    told, rows = scores(*real, *tokens, "--classifier-steps", 10,
+                        "--fake", "good.npz", "few.npz", "real-half", "reconstructions")
+    assert (root / "link.json").read_text() == "old"  # written beside it and renamed, never in place
+    assert list(rows) == ["good.npz", "few.npz", "real-half", "reconstructions (the floor)"]
+    good, few, half, floor = rows.values()
+    assert abs(good["FD-c"]) < 1e-4 < floor["FD-c"]  # good.npz holds the training images themselves
+    assert few["class agreement"] is None is half["class agreement"] and floor["class agreement"] <= 1
+    path = re.search(r"classifier: (\S+);", told)[1]
+    extract = fid.classifier_extractor(fid.load_classifier(root / path, side)[0])
+    halves = fid.real_halves(images, 16, None, [44, 9])
+    nine, others = (fid.feature_statistics(some, extract) for some in halves)
+    for name, value in fid.compare(others, nine, "-c").items():
+        assert name == "class agreement" or abs(half[name] - value) < 1e-4, name
+    bias = fid.expected_distance(fid.feature_statistics(side, extract).moments["sigma"], 9, 35)
+    for words in ("9 images", "the other 35 images", f"9 and 35 images, would be about {bias:.3f}", "50,000",
+                  "centre-cropped to 16 px", "files class0/00.png to class3/11.png", "not recorded"):
+        assert words in told, words
+    decoded = [*real, *tokens, "--reference", "reconstructions", "--classifier", path]
+    again, rows = scores(*decoded, "--fake", "decoded.npz", "real-half")
+    assert f"images train decoded by tokenizer {tokenizer.fingerprint(vq)}, 44 images" in again
+    assert re.search("features: .*", again)[0] == re.search("features: .*", told)[0]
+    row = rows["decoded.npz"]  # the reference itself
+    assert abs(row["FD-c"]) < 1e-4 and row["precision-c"] == row["recall-c"] == 1
+
+
+def test_fid_of_two_folders_and_of_foreign_statistics():
+    """As pytorch-fid: all images of two folders without classes; its statistics, if --resize says so."""
+    root, weights = workshop(), inception_weights()
+    pixels = np.random.default_rng(5).integers(0, 256, (2, 4, 8, 9, 3), dtype=np.uint8)
+    for folder, images in zip("ab", pixels):
+        (root / folder).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(root / folder / f"{i}.png")
+    extract = fid.inception_extractor(fid.load_inception(weights, "")[0], "pytorch-fid")
+    (mu1, s1), (mu2, s2) = (gaussian(extract(images).pool.double().numpy()) for images in pixels)
+    settings = ["--weights", "inception.pth", "--resize", "pytorch-fid", "--fake", "b"]
+    told, rows = scores("--real", "a", *settings, "--save-stats", "ours.npz")
+    close("FID", rows["b"]["FID"], fid.frechet_distance(mu1, s1, mu2, s2), 1e-4)
+    assert "real: a, 4 images of 9 x 8" in told
+    np.savez(root / "theirs.npz", mu=mu1, sigma=s1)
+    for name, words in (("ours", "images 4, source a"), ("theirs", "those of pytorch-fid")):
+        told, again = scores("--real", f"{name}.npz", *settings)
+        close(name, again["b"]["FID"], rows["b"]["FID"], 1e-4)
+        assert words in told and again["b"]["precision"] is None
+    refuses(ValueError, "ours.npz resize", run, fid.main, "--real", "ours.npz", *settings[:2], "--fake", "b")
+
+
+def test_fid_likely_mistakes():
+    """Each is one sentence, before any work."""
+    root = workshop()
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(root / "eight.npz", arr_0=images, arr_1=np.array([0, 1, 2, 9]))
+    np.savez(root / "fish.npz", arr_0=images, classes=[*"abc", "fish"])
+    np.savez(root / "six.npz", arr_0=images[:, :6])
+    (root / "note.npz").write_text("not at all what was expected\n")
+    refuses_all(fid.main, """
+        nothing to do                | --real images
+        is empty                     | --real images --fake=
+        need a folder                | --real eight.npz --fake real-half
+        need a folder                | --real eight.npz --fake six.npz --split val
+        does not exist               | --real nowhere --fake eight.npz
+        note.npz is damaged          | --real note.npz --fake eight.npz
+        squares 8 x 6                | --real images --fake six.npz
+        sizes 16 x 16 8 x 8          | --real images --fake eight.npz --image-size 16
+        other classes                | --real images --fake eight.npz --features classifier
+        other classes                | --real images --fake fish.npz --features classifier
+        give both                    | --real images --fake reconstructions
+        10 4                         | --real images --fake reconstructions --vq vq.pt --image-size 10
+        vq.pt InceptionV3            | --real images --fake eight.npz --weights vq.pt
+        vq.pt classifier             | --real images --fake real-half --features classifier --classifier vq.pt
+        overwritten                  | --real images --fake eight.npz --json eight.npz
+        """, "--cache", "no-work")
+    assert not (root / "no-work").exists()
 
 
 # ---- Bad input: every script's command line, and damaged files ---------------------------------------------
 
 @lru_cache(maxsize=1)
-def odd_files():
-    """In the workshop: what is no image set, no weights, no samples, no list of classes."""
-    root = workshop()
-    trained_run()
-    (root / "note.txt").write_text("not at all what was expected\n")
-    (root / "note.npz").write_text("not at all what was expected\n")
-    (root / "empty.txt").write_text("\n")
-    (root / "dogs.txt").write_text("class1\ndog\n")
-    (root / "two.txt").write_text("class0\nclass1\n")
-    (root / "nothing").mkdir()
-    (root / "a.npz").mkdir()
-    os.mkfifo(root / "pipe")  # to open it would wait for ever
-    write_images(root / "alone", each=1)  # nothing to hold out
-    write_images(root / "rotten", classes=2, each=3)
-    for file in (root / "rotten").rglob("*.png"):
-        file.write_bytes(file.read_bytes()[:99])
-    pack(root / "images", root / "images.zip")
-    vq = tokenizer.load_tokenizer(root / "vq.pt")
-    tokenizer.save_tokenizer(root / "other.pt", tokenizer.VQModel(vq.config))
-    images = np.zeros((4, 8, 8, 3), np.uint8)
-    np.savez(root / "eight.npz", arr_0=images, arr_1=np.array([0, 1, 2, 9]))
-    np.savez(root / "fish.npz", arr_0=images, arr_1=np.arange(4), classes=["a", "b", "c", "fish"])
-    np.savez(root / "six.npz", arr_0=np.zeros((4, 6, 8, 3), np.uint8))
-    np.savez(root / "three.npz", arr_0=images[:3])
-
-
-def test_fid_refuses_what_it_cannot_compare():
-    """Before any work: no classifier is trained and nothing is downloaded meanwhile."""
-    odd_files()
-    refuses_all(fid.main, """
-        --real                       | --fake eight.npz
-        nothing to do                | --real images
-        --fake is empty              | --real images --fake=
-        --fake is empty              | --real= --fake eight.npz
-        held-out .npz                | --real eight.npz --fake held-out
-        classifier eight.npz         | --real eight.npz --fake eight.npz --features classifier
-        --image-size only            | --real eight.npz --fake eight.npz --image-size 8
-        --split only                 | --real eight.npz --fake eight.npz --split val
-        --subset only                | --real eight.npz --fake eight.npz --subset two.txt
-        alone one image of each      | --real alone --fake eight.npz --features classifier
-        does not exist               | --real nowhere --fake eight.npz
-        does not exist               | --real pipe --fake eight.npz
-        note.npz is damaged          | --real note.npz --fake eight.npz
-        a.npz                        | --real a.npz --fake eight.npz
-        """, "--cache", "no-work")
-    refuses_all(fid.main, """
-        --weights only leave         | --fake eight.npz --weights vq.pt
-        --resize only                | --fake eight.npz --resize pytorch-fid
-        --save-stats only            | --save-stats s.npz
-        labels 0 9                   | --fake eight.npz
-        fish.npz other data          | --fake fish.npz
-        no folder that you           | --fake held-out --cache vq.pt
-        """, "--cache", "no-work", "--real", "images", "--features", "classifier")
-    assert not (workshop() / "no-work").exists()
-
-
-def test_fid_does_not_overwrite_a_runs_tokenizer():
-    trained_run()
-    arguments = ["--fake", "reconstructions", "--vq", "runs/trained", "--json", "runs/trained/tokenizer.pt"]
-    refuses(ValueError, "tokenizer.pt overwritten", run, fid.main, "--real", "images", *arguments)
-
-
 def test_what_works_in_one_process_alone():
     """The second process of torchrun ends at once, well, whatever it is asked for."""
     with patch.dict(os.environ, RANK="1", WORLD_SIZE="2"):
         assert run(fid.main, "--real", "nowhere") == ""
         assert run(probe.main, "nowhere") == ""
         assert run(tokenizer.main, "train", "--data", "nowhere", "--out", "nothing.pt") == ""
-
-
-def test_fid_refuses_settings_and_files():
-    odd_files()
-    refuses_all(fid.main, """
-        vq.pt is not FID's           | --fake eight.npz --weights vq.pt
-        note.txt is damaged          | --fake eight.npz --weights note.txt
-        no file none.pth             | --fake eight.npz --weights none.pth
-        --classifier-steps only      | --fake eight.npz --classifier-steps 50
-        --vq only                    | --fake eight.npz --vq vq.pt
-        --floor-images only          | --fake eight.npz --floor-images 9
-        reconstructions --vq         | --fake reconstructions
-        no tokenizer                 | --fake reconstructions --vq none.pt
-        no tokenizer                 | --fake reconstructions --vq images
-        leave one out                | --fake reconstructions --vq vq.pt --reference reconstructions
-        size 10 4                    | --fake held-out --vq vq.pt --reference reconstructions --image-size 10
-        square                       | --fake six.npz
-        different sizes              | --fake eight.npz six.npz
-        different sizes --image-size | --fake eight.npz --image-size 16
-        does not exist               | --fake nowhere
-        nothing holds 0              | --fake nothing
-        note.txt whole zip           | --fake note.txt
-        note.npz is damaged          | --fake note.npz
-        at least 4                   | --fake three.npz
-        a.npz                        | --fake a.npz
-        eight.npz overwritten        | --fake eight.npz --json eight.npz
-        two.txt overwritten          | --fake eight.npz --subset two.txt --json two.txt
-        json s.npz                   | --fake eight.npz --save-stats s.npz --json s.npz
-        held-out --split val         | --fake held-out --split val
-        no folder that you           | --fake eight.npz --json eight.npz/x
-        nothing is a folder          | --fake eight.npz --json nothing
-        null is a folder or a device | --fake eight.npz --json /dev/null
-        stats.npz                    | --save-stats stats
-        none.txt no file             | --fake eight.npz --subset none.txt
-        dogs.txt 'dog' no images     | --fake eight.npz --subset dogs.txt
-        --classifier-steps 5         | --fake eight.npz --classifier-steps 5
-        --image-size 1000000000      | --fake eight.npz --image-size 1000000000
-        --image-size -8              | --fake eight.npz --image-size -8
-        --batch 0                    | --fake eight.npz --batch 0
-        --floor-images 3             | --fake reconstructions --vq vq.pt --floor-images 3
-        invalid choice               | --fake eight.npz --split test
-        invalid choice               | --fake eight.npz --features resnet
-        invalid choice               | --fake eight.npz --resize bicubic
-        invalid choice               | --fake eight.npz --reference x
-        banana cpu, cuda             | --fake eight.npz --device banana
-        """, "--cache", "no-work", "--real", "images")
-    assert not (workshop() / "no-work").exists()
-
-
-class Hostile:
-    """A pickle of this leaves a folder, `ran` in the workshop, where it is read carelessly."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(workshop() / "ran"),)
 
 
 def test_damaged_files_are_refused():
@@ -2519,7 +2357,7 @@ def cuda_test_from_training_to_scores():
         assert a["memory_gb"] > 0
     run(sample.main, "runs/gpu", *gpu, "--num-images", 12, "--batch", 5, "--cfg", 2, "--npz", "gpu.npz")
     assert "layer" in run(probe.main, "runs/gpu", *gpu, "--images", 4)
-    scored = run(fid.main, *gpu, "--real", "images", "--fake", "gpu.npz", "held-out",
+    scored = run(fid.main, *gpu, "--real", "images", "--fake", "gpu.npz", "real-half",
                  "--features", "classifier", "--classifier-steps", 10)
     assert "nan" not in scored and "FD-c" in scored
 
