@@ -2227,13 +2227,19 @@ def test_fid_likely_mistakes():
 
 # ---- Bad input: every script's command line, and damaged files ---------------------------------------------
 
-@lru_cache(maxsize=1)
 def test_what_works_in_one_process_alone():
     """The second process of torchrun ends at once, well, whatever it is asked for."""
     with patch.dict(os.environ, RANK="1", WORLD_SIZE="2"):
         assert run(fid.main, "--real", "nowhere") == ""
         assert run(probe.main, "nowhere") == ""
         assert run(tokenizer.main, "train", "--data", "nowhere", "--out", "nothing.pt") == ""
+
+
+class Hostile:
+    """A pickle of this leaves a folder, `ran` in the workshop, where it is read carelessly."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(workshop() / "ran"),)
 
 
 def test_damaged_files_are_refused():
