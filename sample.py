@@ -603,6 +603,8 @@ def main(argv: list[str] | None = None) -> None:
             if "data" not in run.config:
                 raise ValueError(f"{names} does not name its images; add --data.")
             data, subset = tokenizer.find_images(run.config["data"]), subset or run.config.get("subset")
+            if data == "shapes" != run.config["data"]:  # which a run would use instead
+                raise ValueError(f"the images of {names} cannot be had now; add --data.")
         size = run.model.config.grid * run.vq.config.downsample
         save_reconstructions(path, run.vq, data, subset or "", size)
         print(f"{path}: held-out images, and below each what the codes of {names} keep of it")

@@ -1512,18 +1512,25 @@ def test_labels_are_balanced_from_the_first_image_on():
     assert torch.equal(labels[:50], sample.mixed_labels(50, 100))
 
 
+class Torn:
+    """An array that cannot be written."""
+
+    def __array__(self, *_, **__):
+        raise KeyboardInterrupt
+
+
 def test_a_killed_npz_goes_on_with_its_own_parts_only():
     net, vq, path = tiny_model(), small_vq(), scratch() / "a.npz"
     labels, original = sample.mixed_labels(10, 5), sample.sample_images
     batches = [original(net, vq, labels[i:i + 3], 7 + i, cfg=2.0) for i in (0, 3, 6, 9)]  # seeded by place
 
     def write(weights, killed_at=math.inf):
-        """The first image of each batch that had to be made; the process dies at one of them."""
+        """The first image of each batch that had to be made; the process dies while it writes one of them."""
         made = []
 
         def make(model, vq, classes, seed, **settings):
             if seed - 7 == killed_at:
-                raise KeyboardInterrupt
+                return Torn()
             made.append(seed - 7)
             return original(model, vq, classes, seed, **settings)
 
@@ -1649,14 +1656,17 @@ def test_pictures():
 def test_what_belongs_to_a_run_is_found():
     """Its tokenizer, beside it or named; its images; weights without a teacher are enough."""
     root, path = workshop(), scratch() / "checkpoint.pt"
-    content, folder = checkpoint("trained"), path.parent
+    content, folder = torch.load(trained_run() / "checkpoint.pt", weights_only=True), path.parent
     content["config"] |= {"data": str(root / "images"), "tokenizer": str(root / "vq.pt")}
+    content["model"]["output.weight"].normal_()  # other codes than those of the run itself
 
     def save(**changes):
         torch.save({key: content[key] for key in ("model", "config", "data", "model_config")} | changes, path)
 
     save()
     run(sample.main, folder, "runs/trained", "--classes", 0, "--out", "grid.png")
+    upper, lower = np.split(np.asarray(Image.open(root / "grid.png")), 2)
+    assert not np.array_equal(upper[22:], lower[22:])  # each run draws with its own weights, below its name
     run(sample.main, folder, "--reconstruct", "--out", "kept.png")
     assert Image.open(root / "kept.png").height > 2 * 96
     refuses_all(sample.main, f"no EMA weights | {folder} --ema")
