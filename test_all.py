@@ -1350,6 +1350,9 @@ def test_more_steps_after_the_end():
     """With a constant rate and decay as if asked from the start; and no file is written in place."""
     settings = [*SMALL, "--schedule", "constant", "--no-ema-ramp", "--dropout", 0.1]
     run(train.main, *settings, "--name", "longer", "--steps", 2)
+    run(train.main, *settings, "--ema-ramp", "--name", "ramped", "--steps", 1)
+    refuses(ValueError, "ramped has steps = 1 EMA decay", run, train.main, "--resume", "--name", "ramped",
+            "--steps", 2)
     folder = workshop() / "runs" / "longer"
     old = {name: (folder / name).read_bytes() for name in ("checkpoint.pt", "config.json", "metrics.jsonl")}
     for name in old:
@@ -1379,11 +1382,12 @@ def test_training_goes_on_where_torch_compile_fails():
         return forward
 
     settings = [*SMALL, "--steps", 2, "--dropout", 0.1]
-    with patch.object(torch, "compile", broken):
-        said = run(train.main, *settings, "--name", "compiled", "--compile")
-    assert "torch.compile fails here (RuntimeError: no Triton): training without it" in said
     run(train.main, *settings, "--name", "uncompiled", "--no-compile")
-    same_run("compiled", "uncompiled")
+    for name, compiler in (("broken", broken), ("compiled", lambda module: module)):
+        with patch.object(torch, "compile", compiler):
+            said = run(train.main, *settings, "--name", name, "--compile")
+        same_run(name, "uncompiled")
+        assert ("torch.compile fails here (RuntimeError: no Triton): training" in said) == (name == "broken")
 
 
 def test_a_run_folder_belongs_to_one_process():
