@@ -83,7 +83,7 @@ def make(args: argparse.Namespace, flags: list[str], work: Path) -> None:
     for reference, more in (("reconstructions", []), ("originals", ["reconstructions"])):
         path = work / f"scores-{reference}.json"
         if not path.exists():
-            script("fid.py", *images, "--reference", reference, "--fake", *samples, "held-out", *more,
+            script("fid.py", *images, "--reference", reference, "--fake", *samples, "real-half", *more,
                    "--features", "classifier", "--classifier-steps", args.classifier_steps, "--vq", run,
                    "--json", path, *device)
 
