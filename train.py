@@ -510,6 +510,14 @@ def save(run: Run, step: int) -> None:
         student.train()
 
 
+def restore(run: Run, checkpoint: dict) -> None:
+    """Put the run in the state that `save` has written; ValueError if it is not that of this model."""
+    with tokenizer.reading(run.config.folder / "checkpoint.pt", "checkpoint of this model"):
+        for name, part in states(run).items():
+            if checkpoint[name]:  # the scaler's is empty unless it was in use
+                part.load_state_dict(checkpoint[name])
+
+
 # ---- Starting and resuming ---------------------------------------------------------------------------------
 
 def resumed_config(config: Config, given: dict, begun: dict) -> Config:
@@ -661,10 +669,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(config, rank, world, device, dtype, vq, cache, held_out, objective, optimizer, scaler,
                   checkpoint["step"], steps)
         if resume:
-            with tokenizer.reading(config.folder / "checkpoint.pt", "checkpoint of this model"):
-                for name, part in states(run).items():
-                    if checkpoint[name]:  # the scaler's is empty unless it was in use
-                        part.load_state_dict(checkpoint[name])
+            restore(run, checkpoint)
 
         # The loop
         if rank == 0:
