@@ -471,15 +471,16 @@ def train_classifier(side: Side, steps: int, batch: int = 64, device="cpu") -> C
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
     batches = read_ahead(training_batches(side, steps, batch))
-    for pixels, labels in (bar := progress(batches, "training the classifier", steps)):
+    bar = progress(batches, "training the classifier", steps)
+    for step, (pixels, labels) in enumerate(bar):
         x = to_float(torch.from_numpy(pixels).to(device))
         loss = F.cross_entropy(model(x)[1], torch.from_numpy(labels).to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if bar.n % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return model.eval().requires_grad_(False)
 
 
