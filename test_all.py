@@ -1234,21 +1234,6 @@ def test_train_refuses_likely_mistakes():
     assert checkpoint("trained")["step"] == 1
 
 
-def test_two_processes_equal_one():
-    """Losses to 1e-5; AdamW's first moments, 0.1 times the clipped gradient, to 1e-5 of their norm."""
-    trained_run()
-    finish(launch("train.py", *SMALL, "--name", "two", "--steps", 1, processes=2))
-    one, two = metrics("trained")[0], metrics("two")[0]
-    assert one.keys() == two.keys() and one["negatives"] == 7
-    for name in one.keys() - {"tokens_per_second"}:
-        close(name, two[name], one[name])
-    a, b = (checkpoint(name)["optimizer"]["state"] for name in ("trained", "two"))
-    assert len(a) == len(b) > len(checkpoint("two")["model"])  # the projector has been stepped, too
-    for i in a:
-        difference = (a[i]["exp_avg"] - b[i]["exp_avg"]).norm()
-        assert difference <= 1e-5 * a[i]["exp_avg"].norm() + 1e-9, (i, difference)
-
-
 def test_accumulation_equals_one_batch():
     """Without contrast a micro-batch lacks nothing; and a line of the log is the mean over its steps."""
     for pieces, every, on in ((1, 1, "ar+mim"), (4, 2, "ar+mim"), (2, 1, "ar+view")):
@@ -1334,16 +1319,26 @@ def test_signals_save_and_end():
     assert checkpoint("nohup")["step"] == 3
 
 
-def test_one_of_two_processes_killed():
-    """The other ends without a traceback of its own, and the last checkpoint stays."""
-    settings = ["--steps", 5000, "--save-every", 20, "--log-every", 2, "--samples", 0, "--name", "bereft"]
-    process = launch("train.py", *SMALL, *settings, processes=2)
-    wait_for_step("bereft", 4, process)
+def test_two_processes_equal_one_until_one_is_killed():
+    """All that is logged, and AdamW's first moments. The other ends without a traceback of its own."""
+    settings = [*SMALL, "--schedule", "constant", "--no-ema-ramp", "--save-every", 2, "--samples", 0]
+    process = launch("train.py", *settings, "--name", "two", "--steps", 5000, processes=2)
+    wait_for_step("two", 3, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode and "]: Traceback" not in err, err[-3000:]
-    assert checkpoint("bereft")["step"] % 20 == 0
+    two = checkpoint("two")  # which stays
+    run(train.main, *settings, "--name", "one", "--steps", two["step"])
+    for a, b, tolerance in zip(metrics("one"), metrics("two"), (1e-5, 1e-4)):
+        assert a.keys() == b.keys() and a["negatives"] == 7
+        for name in a.keys() - {"tokens_per_second"}:
+            close(f"{name} of step {a['step']}", b[name], a[name], tolerance)
+    a, b = checkpoint("one")["optimizer"]["state"], two["optimizer"]["state"]
+    assert len(a) == len(b) > len(two["model"])  # the projector has been stepped, too
+    for i in a:
+        apart = (a[i]["exp_avg"] - b[i]["exp_avg"]).norm()
+        assert apart <= 1e-3 * a[i]["exp_avg"].norm() + 1e-9, (i, apart)
 
 
 def test_more_steps_after_the_end():
@@ -1624,8 +1619,11 @@ def test_sample_script():
     assert same_picture(Image.open(root / "spread.png"), Image.open(root / "grid.png"))
 
     settings = ["runs/trained", "--num-images", 10, "--batch", 3, "--ema", "--npz"]
-    run(sample.main, *settings, "two")
-    finish(launch("sample.py", *settings, "one.npz", processes=2))
+    run(sample.main, *settings, "one")
+    for rank, there in ((1, 2), (0, 0)):  # the second process makes two of four parts, the first joins all
+        with patch.dict(os.environ, RANK=str(rank), WORLD_SIZE="2"):
+            run(sample.main, *settings, "two.npz")
+        assert len([*(root / ".two.npz.parts").glob("*")]) == there
     one, two = np.load(root / "one.npz"), np.load(root / "two.npz")
     assert np.array_equal(one["arr_0"], two["arr_0"]) and one["protocol"] == two["protocol"]
     protocol, (teacher, _) = json.loads(str(one["protocol"])), sample.load_model(
@@ -1689,22 +1687,20 @@ def test_what_belongs_to_a_run_is_found():
 
 
 def test_llamagens_files():
-    """Files in the published format, random weights: encode, decode and sample from them."""
+    """Files in the published format, random weights."""
     root = workshop()
     torch.manual_seed(0)
     vq = tokenizer.VQModel(tokenizer.VQConfig()).eval()
     torch.save({"model": vq.state_dict()}, root / "vq_ds16.pt")
     net = model.Transformer(model.ModelConfig(*model.SIZES["nano"], num_tokens=16))
     torch.save({"model": net.state_dict(), "args": argparse.Namespace(image_size=64)}, root / "gpt.pt")
-    again, x = tokenizer.load_tokenizer(root / "vq_ds16.pt"), torch.rand(2, 3, 32, 32) * 2 - 1
-    codes = vq.encode(x)
-    assert codes.shape == (2, 4) and torch.equal(again.encode(x), codes)
-    assert torch.equal(again.decode(codes), vq.decode(codes))
-    run(sample.main, "gpt.pt", "--vq", "vq_ds16.pt", "--classes", 207, 360, "--cfg", 4)
-    assert Image.open(root / "samples.png").width > 2 * 96
+    run(sample.main, "gpt.pt", "--vq", "vq_ds16.pt", "--classes", 207, 360, "--cfg", 4, "--seed", 3)
+    pixels = sample.sample_images(net.eval(), vq, torch.tensor([207, 360]), 3, cfg=4.0)
+    drawn = sample.image_grid(pixels, 2, ["class 207", "class 360"])
+    assert same_picture(Image.open(root / "samples.png"), drawn)
     refuses_all(sample.main, """
         add --vq                | gpt.pt
-        no class-conditional    | vq_ds16.pt --vq vq_ds16.pt
+        no class-conditional    | vq.pt --vq vq.pt
         holds a transformer     | gpt.pt --vq gpt.pt
         64 codes 16384          | gpt.pt --vq vq.pt
         """)
