@@ -297,7 +297,7 @@ class Objective(nn.Module):
                 terms["view"], log["acc_view"] = losses.view_loss(z, target, tau)
             log["acc_label"] = losses.label_accuracy(losses.gather_images(classes, dim=0))
         total = losses.total_loss(terms, self.config.alpha, self.config.beta)  # Eq. 8
-        return {"loss": total, **{f"loss_{name}": term for name, term in terms.items()}, **log}
+        return {"loss": total} | {f"loss_{name}": term for name, term in terms.items()} | log
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
