@@ -1183,11 +1183,11 @@ def read_weights(path: str | Path) -> dict:
         # Other people's files hold numpy scalars, paths or settings of their own beside the weights. Instead
         # of trusting those classes we put an empty one in their place. torch 2.5 cannot: it refuses the file.
         unsafe = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: [])
-        foreign = [(Foreign, name) for name in (unsafe(path) if zipped else [])]
-        known = [argparse.Namespace]  # in LlamaGen's training files
-        with torch.serialization.safe_globals([*foreign, *known]):
-            content = torch.load(path, map_location="cpu", weights_only=True,
-                                 mmap=zipped and os.name != "nt")  # Windows cannot replace a mapped file
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in LlamaGen's training files
+            foreign = [(Foreign, name) for name in (unsafe(path) if zipped else [])]
+            with torch.serialization.safe_globals(foreign):
+                content = torch.load(path, map_location="cpu", weights_only=True,
+                                     mmap=zipped and os.name != "nt")  # Windows cannot replace a mapped file
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
     return content
