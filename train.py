@@ -1,7 +1,7 @@
 """Train ST-AR (arXiv 2509.15185), or its plain autoregressive baseline, on the codes of an image set.
 
-Whatever is missing is made on the way: the images are found or downloaded, a tokenizer is trained, and the
-codes of each image's crops, ten per crop ratio, are cached. The model is in model.py, the losses are in
+Whatever is missing is made on the way: the images are found or downloaded, a tokenizer is taken or trained,
+and the codes of each image's crops, ten per crop ratio, are cached. The model is in model.py, the losses are in
 losses.py. Here they meet: settings, batches, the training step, the loop and, at the end, `main`.
 
     python train.py --preset nano                                   # built-in images, minutes on a CPU
