@@ -5,30 +5,23 @@ gives it away, is in solutions.md.
 """
 
 BUGS = """
-1 model.py
+1 losses.py
+-        logits = (a @ t.mT / temperature).flatten(0, 1)  # (S B, B_all)
++        logits = (a @ t.mT * temperature).flatten(0, 1)  # (S B, B_all)
+
+2 model.py
 -            allowed = allowed & ~key_mask[:, None, None, :]  # (B, 1, t, s): Eq. 3
 +            allowed = allowed & ~key_mask[:, None, :, None]  # (B, 1, t, s): Eq. 3
 
-2 train.py
--    positions = losses.sample_positions(T, config.positions, g)
-+    positions = torch.stack([losses.sample_positions(T, config.positions, g) for _ in range(B_all)])
+3 losses.py
+-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
++    return F.cross_entropy(logits[:, 1:].flatten(0, 1).float(), tokens[:, :-1].flatten())
 
-2 train.py
--    return Batch(tokens, classes, key_mask.view(B_all, V, T)[mine], positions)
-+    return Batch(tokens, classes, key_mask.view(B_all, V, T)[mine], positions[mine])
-
-2 train.py
--            z = by_slot(self.projector(features[depth][:, positions]))  # (V, K, B, C), Eq. 5
--            target = losses.gather_images(by_slot(targets[depth][:, positions]), dim=2)  # (V, K, B_all, C)
-+            rows, positions = torch.arange(len(tokens))[:, None], positions.repeat_interleave(V, 0)
-+            z = by_slot(self.projector(features[depth][rows, positions]))  # (V, K, B, C), Eq. 5
-+            target = losses.gather_images(by_slot(targets[depth][rows, positions]), dim=2)
-
-3 train.py
+4 train.py
 -        self.teacher = copy.deepcopy(student).eval().requires_grad_(False)  # no dropout, ever
 +        self.teacher = copy.deepcopy(student).eval()  # no dropout, ever
 
-3 train.py
+4 train.py
 -            with torch.no_grad():  # no key masked, no gradient, no logits; blocks as far as needed
 -                layers = (depth, last) if mim_on else (depth,)
 -                targets = self.teacher(*inputs, layers=layers, head=False).hidden
@@ -36,21 +29,21 @@ BUGS = """
 +            layers = (depth, last) if mim_on else (depth,)
 +            targets = self.teacher(*inputs, layers=layers, head=False).hidden
 
-3 losses.py
+4 losses.py
 -    return 1 - F.cosine_similarity(student.float(), target.float().detach(), dim=-1).mean()
 +    return 1 - F.cosine_similarity(student.float(), target.float(), dim=-1).mean()
 
-4 train.py
+5 train.py
 -    classes = torch.from_numpy(cache.labels[images[mine]]).masked_fill(dropped[mine], null)
 +    classes = torch.from_numpy(cache.labels[images[mine]])
 
-4 train.py
+5 train.py
 -        logits, features, _ = self.student(*inputs, key_mask=mask, layers=(depth, last))
 +        dropped = torch.rand(len(classes), device=classes.device) < self.config.class_dropout
 +        seen = classes.masked_fill(dropped, self.student.config.num_classes).repeat_interleave(V)
 +        logits, features, _ = self.student(inputs[0], seen, key_mask=mask, layers=(depth, last))
 
-5 train.py
+6 train.py
 -    scaler.step(optimizer)
 -    scaler.update()
 -    optimizer.zero_grad()
@@ -62,15 +55,7 @@ BUGS = """
 +    scaler.update()
 +    optimizer.zero_grad()
 
-6 losses.py
--    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-+    return F.cross_entropy(logits[:, 1:].flatten(0, 1).float(), tokens[:, :-1].flatten())
-
 7 losses.py
--        logits = (a @ t.mT / temperature).flatten(0, 1)  # (S B, B_all)
-+        logits = (a @ t.mT * temperature).flatten(0, 1)  # (S B, B_all)
-
-8 losses.py
 -    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
 +    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), decay)
 """

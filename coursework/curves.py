@@ -35,7 +35,7 @@ def main() -> None:
         panels.append(np.asarray(sample.line_plot(curves, panel, "step", "", width=450, height=280)))
     rows = [np.concatenate(panels[i:i + 3], 1) for i in range(0, len(panels), 3)]
     picture = Image.fromarray(np.concatenate(rows))
-    picture.resize((picture.width // 2, picture.height // 2), Image.LANCZOS).save(args.out)
+    picture.resize((picture.width // 2, picture.height // 2), Image.LANCZOS).quantize(64).save(args.out)
 
 
 if __name__ == "__main__":
