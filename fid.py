@@ -634,12 +634,12 @@ def open_folder(source: str) -> ImageSet:
                     lambda i: decode_image(read_bytes(names[i]), f"{source}/{names[i]}"))
 
 
-def open_real(args: argparse.Namespace, split: str) -> ImageSet:
-    """A split of --real as tokenizer.open_images finds it, or all images of a folder without classes."""
+def open_real(args: argparse.Namespace) -> ImageSet:
+    """The training images that tokenizer.open_images finds in --real, or all of a folder without classes."""
     try:
-        return open_images(args.real, split, args.subset)
+        return open_images(args.real, "train", args.subset)
     except ValueError:
-        if args.features == "classifier" or split == "val" or args.subset:
+        if args.features == "classifier" or args.subset:
             raise
         images = open_folder(args.real)
         if any("/" in name for name in images.names):
@@ -658,8 +658,8 @@ def open_samples(name: str) -> Side:
 def npz_side(path: str | Path) -> Side:
     """ADM's .npz: images `arr_0` uint8 (N, H, W, 3), labels `arr_1` (N,) int; or statistics; or both.
 
-    Two more arrays are understood where sample.py or --save-stats wrote them: `protocol`, a JSON string, and
-    `classes`, the class names in label order. Pixels are streamed from the file, in its order.
+    Two more arrays are understood where sample.py wrote them: `protocol`, a JSON string, and `classes`, the
+    class names in label order. Pixels are streamed from the file, in its order.
     Raises FileNotFoundError, or ValueError if the file is damaged or its arrays are not as above.
     """
     if not Path(path).is_file():
@@ -673,7 +673,7 @@ def npz_side(path: str | Path) -> Side:
         protocol, labels = dict(json.loads(str(arrays.get("protocol", "{}")))), arrays.get("arr_1")
         classes = arrays["classes"].tolist() if "classes" in arrays else None
         side = Side(str(path), digest([(info.filename, info.CRC) for info in file.zip.infolist()]),
-                    protocol.get("images"), None, None, labels, classes, protocol, statistics)
+                    None, None, None, labels, classes, protocol, statistics)
         if "arr_0" not in file.files:
             if not statistics:
                 raise ValueError("it holds neither images, arr_0, nor statistics, mu and sigma")
@@ -702,14 +702,12 @@ def _npz_batches(path, batch):
             yield np.frombuffer(data, np.uint8).reshape(count, H, W, 3)
 
 
-def the_floor(images: ImageSet, size: int, vq: VQModel, count: int | None) -> Side:
-    """The row `reconstructions`: `count` images, evenly spaced, encoded and decoded; else at most 5,000.
+def the_floor(images: ImageSet, size: int, vq: VQModel, counts: list[int]) -> Side:
+    """The row `reconstructions`: evenly spaced images, encoded and decoded.
 
-    Raises ValueError if there are not so many.
+    They are as many as the samples, of which there are `counts`, where there are enough images.
     """
-    count = count or min(5000, len(images))
-    if count > len(images):
-        raise ValueError(f"--floor-images {count}: {images.source} has {len(images)} of {images.split}.")
+    count = min([len(images), *counts])
     rows = np.linspace(0, len(images) - 1, count).astype(int)[mixed(count)]
     side = in_memory(image_side(images, size, rows), vq)
     return replace(side, name="reconstructions (the floor)", protocol={"made of": side.name})
@@ -757,17 +755,6 @@ def check_labels(side: Side, real: Side) -> None:
         raise ValueError(f"{side.name} was drawn from other classes than those of {real.name}.")
 
 
-def check_statistics(side: Side, features: str) -> None:
-    """Raise ValueError if the statistics of `side` say that they are of other features.
-
-    Those of other packages do not say what they are: --resize is believed.
-    """
-    made = side.protocol.get("features", features)
-    if side.statistics and made != features:
-        raise ValueError(f"the statistics {side.name} were made with {made!r}, the images would be read with "
-                         f"{features!r}; use the same --features, --weights and --resize.")
-
-
 # ---- The table and its protocol ----------------------------------------------------------------------------
 
 def protocol_lines(real: Side, fakes: list[Side], features: str) -> list[str]:
@@ -778,13 +765,11 @@ def protocol_lines(real: Side, fakes: list[Side], features: str) -> list[str]:
         size = f" of {side.size[1]} x {side.size[0]}" if side.size else ""
         line = f"{role}: {side.name}, {count} images{size}, fingerprint {side.fingerprint}"
         if side.statistics:
-            line += "; covariances from the file's own statistics"
-            if "features" not in side.protocol:
-                package = "ADM's suite" if "resize adm" in features else "pytorch-fid"
-                line += f", which are taken for those of {package} (--resize)"
-        made = [f"{key} {value}" for key, value in side.protocol.items() if key != "features"]
-        if role == "fake":
-            made = made or ["guidance, temperature, student or teacher: not recorded in the file"]
+            package = "ADM's suite" if "resize adm" in features else "pytorch-fid"
+            line += f"; covariances from the file's own statistics, taken for those of {package} (--resize)"
+        made = [f"{key} {value}" for key, value in side.protocol.items()]
+        if role == "fake" and not made:
+            made = ["guidance, temperature, student or teacher: not recorded in the file"]
         lines.append("; ".join([line, ", ".join(made)]) if made else line)
     return [*lines, features,
             "precision, recall: k = 3, float64, on at most 10,000 real and 50,000 fake images, evenly spaced"]
@@ -827,16 +812,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--real", required=True, help="folder, zip, shapes, or .npz of images or statistics")
-    add("--fake", nargs="*", default=[], metavar="FILE",
+    add("--fake", nargs="+", required=True, metavar="FILE",
         help=".npz, folder or zip of samples; real-half: one half of the real images, scored against the "
         "other; reconstructions: real images encoded and decoded by --vq, the floor")
     add("--reference", choices=["originals", "reconstructions"], default="originals",
         help="compare with real images as they are, or encoded and decoded by --vq")
     add("--vq", help="the tokenizer of the reconstructions: a file or a run folder")
-    add("--floor-images", type=within(int, 4, 1e7),
-        help="how many, evenly spaced, --fake reconstructions has (default: at most 5000)")
     add("--subset", default="", help="file with class folders of --real, one a line")
-    add("--split", choices=["train", "val"], default="train", help="which images of --real")
     add("--image-size", type=within(int, 8, 4096),
         help="centre-crop real images, pixels (default: to the fakes' size)")
     add("--features", choices=["inception", "classifier"], default="inception")
@@ -846,34 +828,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--classifier", help="file of a classifier of an earlier table, instead of a new one")
     add("--classifier-steps", type=within(int, 10, 1e7), default=1200, help="training steps of 64 images")
     add("--cache", default="cache", help="folder for weights and trained classifiers")
-    add("--save-stats", help="file to which to write the real side's statistics as .npz")
     add("--json", help="file to which to write the table, protocol and warnings")
     add("--batch", type=within(int, 1, 100_000), default=64, help="images at once; no number depends on it")
     add("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
     args = parser.parse_args(argv)
 
     classifier, decoded = args.features == "classifier", args.reference == "reconstructions"
-    if not args.fake and not args.save_stats:
-        raise ValueError("nothing to do: name samples with --fake, or a file with --save-stats.")
     if "" in (args.real, *args.fake):
         raise ValueError("--real or --fake is empty (a variable that is not set?); name a file or a folder.")
-    if args.real.endswith(".npz") and (classifier or decoded or args.subset or args.split == "val"
+    if args.real.endswith(".npz") and (classifier or decoded or args.subset
                                        or set(args.fake) & set(REAL_ROWS)):
-        raise ValueError(f"{args.real} is an .npz: real-half, reconstructions, --subset, --split and "
-                         "--features classifier need a folder or a zip of images as --real.")
+        raise ValueError(f"{args.real} is an .npz: real-half, reconstructions, --subset and --features "
+                         "classifier need a folder or a zip of images as --real.")
     if decoded and "reconstructions" in args.fake:
         raise ValueError("reconstructions cannot be fakes and the reference at once; leave one out.")
     if bool(args.vq) != (decoded or "reconstructions" in args.fake):
         raise ValueError("--vq names the tokenizer of reconstructions, in --fake or --reference; give both.")
-    if classifier and args.save_stats or args.classifier and not classifier:
-        raise ValueError("--save-stats works only with --features inception, --classifier only with "
-                         "--features classifier; leave it out.")
+    if args.classifier and not classifier:
+        raise ValueError("--classifier goes with --features classifier; leave it out.")
     if args.vq and Path(args.vq).is_dir():
         args.vq = f"{args.vq}/tokenizer.pt"
-    for path in filter(None, (args.save_stats, args.json)):
-        if path in (args.real, *args.fake, args.vq, args.weights, args.classifier):
-            raise ValueError(f"{path} is an input and would be overwritten; choose another name.")
-        check_output(path)
+    if args.json:
+        if args.json in (args.real, *args.fake, args.vq, args.weights, args.classifier):
+            raise ValueError(f"{args.json} is an input and would be overwritten; choose another name.")
+        check_output(args.json)
     return args
 
 
@@ -891,7 +869,7 @@ def main(argv: list[str] | None = None) -> None:
     # Both sides, opened: what does not fit together is found before the long work.
     vq = load_tokenizer(args.vq, device) if args.vq else None
     samples = {name: open_samples(name) for name in args.fake if name not in REAL_ROWS}
-    images = None if args.real.endswith(".npz") else open_real(args, args.split)
+    images = None if args.real.endswith(".npz") else open_real(args)
     given = [*samples.values()] if images else [npz_side(args.real), *samples.values()]
     size = common_size(images, given, args.image_size)
     if images and not size and (vq or classifier):
@@ -908,32 +886,25 @@ def main(argv: list[str] | None = None) -> None:
         real = in_memory(real, decode)
         path = args.classifier
         if not path:
-            train, held_out = (
-                real if split == args.split else in_memory(image_side(open_real(args, split), size), decode)
-                for split in ("train", "val"))
-            path = find_classifier(train, held_out, args.classifier_steps, args.cache, device)
+            held_out = in_memory(image_side(open_images(args.real, "val", args.subset), size), decode)
+            path = find_classifier(real, held_out, args.classifier_steps, args.cache, device)
         model, features = load_classifier(path, real, device)
         extract, suffix = classifier_extractor(model, device), "-c"
     else:
         model, features = load_inception(args.weights, args.cache, args.resize, device)
         extract, suffix = inception_extractor(model, args.resize, device), ""
-        for side in given:
-            check_statistics(side, features)
         real = in_memory(real, decode) if decode else real
 
     # One row for each of --fake.
     reference = feature_statistics(real, extract, args.batch)
-    if args.save_stats:
-        about = json.dumps({"images": real.count, "source": real.name, "fingerprint": real.fingerprint,
-                            "features": features})
-        write_file(args.save_stats, lambda file: np.savez(file, **reference.moments, protocol=about))
     rows, fakes, notes = {}, [], []
+    counts = [side.count for side in samples.values() if side.count]
     for name in args.fake:
         side, other, theirs = samples.get(name), real, reference
         if name == "reconstructions":
-            side = the_floor(images, size, vq, args.floor_images)
+            side = the_floor(images, size, vq, counts)
         elif name == "real-half":
-            side, other = real_halves(images, size, decode, [sample.count for sample in samples.values()])
+            side, other = real_halves(images, size, decode, counts)
             theirs = feature_statistics(other, extract, args.batch)
         rows[side.name] = compare(theirs, feature_statistics(side, extract, args.batch, CONVENTION), suffix)
         fakes.append(side)
@@ -946,7 +917,7 @@ def main(argv: list[str] | None = None) -> None:
         notes += [f"classifier: {path}; --classifier uses it again",
                   "-c and class agreement are its own: compare them with each other, never with FID"]
     protocol, warnings = protocol_lines(real, fakes, features) + notes, warning_lines(real, fakes, features)
-    print("\n".join([*([format_table(rows)] if rows else []), *protocol, *warnings]))
+    print("\n".join([format_table(rows), *protocol, *warnings]))
     if args.json:
         scores = {"scores": rows, "protocol": protocol, "warnings": warnings, "settings": vars(args)}
         write_file(args.json, lambda file: file.write(json.dumps(scores, indent=1).encode()))

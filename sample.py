@@ -5,7 +5,6 @@ for token.
 
     python sample.py runs/tiny --classes 3 7 7 --cfg 2.0 --seed 0                      # a captioned grid
     python sample.py pretrained/ar pretrained/st-ar                                    # runs below each other
-    python sample.py runs/tiny --reconstruct                                           # what the codes keep
     torchrun --nproc-per-node 8 sample.py runs/tiny --num-images 50000 --npz out.npz   # for fid.py
     python sample.py c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k 2000
 
@@ -547,10 +546,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("runs", nargs="+", type=Path, help="run folders or checkpoints (.pt), LlamaGen's too")
     add("--vq", help="tokenizer file (default: the run's)")
     add("--classes", type=within(int, 0), nargs="+", help="one image for each of these (default: 20 or all)")
-    add("--out", type=Path, help="the picture (default: samples.png or reconstructions.png)")
-    add("--reconstruct", action="store_true", help="draw what the codes keep of held-out images instead")
-    add("--data", help="with --reconstruct: folder or zip of images (default: the run's)")
-    add("--subset", help="with --reconstruct: file of class folders to keep, one a line")
+    add("--out", type=Path, help="the picture (default: samples.png)")
     add("--npz", type=Path, help="write images as .npz in ADM's layout instead of a picture")
     add("--num-images", type=within(int, 1, 10 ** 7), help="with --npz: how many, class-balanced")
     add("--batch", type=within(int, 1, 10 ** 5), help="with --npz: images at once (default: 100)")
@@ -569,11 +565,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     for wrong, sentence in (
         (bool(args.npz) != bool(args.num_images), "--num-images and --npz go together"),
-        (args.npz and (args.out or args.reconstruct), "--npz takes no --out and no --reconstruct"),
+        (args.npz and (args.out or args.classes), "--npz takes no --out and no --classes"),
         (args.batch and not args.npz, "--batch goes with --npz"),
-        ((args.data or args.subset) and not args.reconstruct, "--data and --subset go with --reconstruct"),
-        (args.classes and (args.npz or args.reconstruct), "--npz and --reconstruct take no --classes"),
-        (args.runs[1:] and (args.npz or args.reconstruct), "--npz and --reconstruct take one run"),
+        (args.npz and args.runs[1:], "--npz takes one run"),
     ):
         if wrong:
             parser.error(sentence)
@@ -587,7 +581,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises ValueError or OSError, in one sentence, for a user's mistake.
     """
     args = parse_arguments(argv)
-    path = args.npz or args.out or Path("reconstructions.png" if args.reconstruct else "samples.png")
+    path = args.npz or args.out or Path("samples.png")
     if args.npz and path.suffix != ".npz":
         path = Path(f"{path}.npz")
     if not args.npz and path.suffix.lower() != ".png":  # it could also be somebody's checkpoint
@@ -596,19 +590,6 @@ def main(argv: list[str] | None = None) -> None:
     device = tokenizer.choose_device(args.device)
     runs = [open_trained(run, args.vq, args.ema, args.image_size, device) for run in args.runs]
     names = " and ".join(run.name for run in runs)
-
-    if args.reconstruct:
-        run, data, subset = runs[0], args.data, args.subset
-        if data is None:
-            if "data" not in run.config:
-                raise ValueError(f"{names} does not name its images; add --data.")
-            data, subset = tokenizer.find_images(run.config["data"]), subset or run.config.get("subset")
-            if data == "shapes" != run.config["data"]:  # which a run would use instead
-                raise ValueError(f"the images of {names} cannot be had now; add --data.")
-        size = run.model.config.grid * run.vq.config.downsample
-        save_reconstructions(path, run.vq, data, subset or "", size)
-        print(f"{path}: held-out images, and below each what the codes of {names} keep of it")
-        return
 
     precision = args.precision or ("bf16" if has_bfloat16(device) else "fp32")  # LlamaGen: bf16
     if precision == "bf16":
