@@ -128,7 +128,7 @@ def step_loss(z: torch.Tensor, target: torch.Tensor,
     """
     if z.shape[1] < 2:
         raise ValueError("the step loss needs at least two positions, K >= 2.")
-    i, j = ordered_pairs(z.shape[1], z.device)
+    i, j = ordered_pairs(z.shape[1], z.device)  # of the anchor and of its target, among the K positions
     anchors, targets = z[:, i].flatten(0, 1), target[:, j].flatten(0, 1)  # S = V K (K - 1) slots
     return info_nce(anchors, targets, temperature)
 
@@ -143,7 +143,7 @@ def view_loss(z: torch.Tensor, target: torch.Tensor,
     """
     if z.shape[0] < 2:
         raise ValueError("the view loss needs at least two views, V >= 2.")
-    i, j = ordered_pairs(z.shape[0], z.device)
+    i, j = ordered_pairs(z.shape[0], z.device)  # of the anchor and of its target, among the V views
     anchors, targets = z[i].flatten(0, 1), target[j].flatten(0, 1)  # S = V (V - 1) K slots
     return info_nce(anchors, targets, temperature)
 

@@ -145,6 +145,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", action="store_true", default=False, help="go on where the run stopped")
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
+    by_preset = set().union(*PRESETS.values(), *ON_CPU.values())
     for field in fields(Config):
         if field.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
@@ -154,9 +155,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
             how = dict(type=tokenizer.within(field.type.__origin__, *field.type.__metadata__))
         if isinstance(field.default, tuple):
             how["nargs"] = "+"
-        default = f" (default {field.default})" if field.default != "" else ""
-        parser.add_argument("--" + field.name.replace("_", "-"),
-                            help=(comments[field.name] + default).replace("%", "%%"), **how)
+        default = "by preset, see PRESETS" if field.name in by_preset else field.default
+        text = comments[field.name] + (f" (default: {default})" if default != "" else "")
+        parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
     if "crop_ratios" in given:
@@ -399,16 +400,18 @@ def train(run: Run, caught: list[int]) -> None:
         history.append(train_step(run, objective, batch, done))
         done += 1
         due = done % config.save_every == 0 or done == run.steps
-        asked = bool(caught) and run.world == 1  # several processes agree on it below
-        if not (due or asked or done % config.log_every == 0):
+        stop = bool(caught) and run.world == 1  # several processes have to agree on it, below
+        if not (due or stop or done % config.log_every == 0):
             continue
+        # Means over the steps since the last line and over all processes; here the host waits for the device
         totals = sum(torch.stack(list(log.values())) for log in history)  # (names,)
-        totals = torch.cat([totals, totals.new_tensor([bool(caught)])])
+        signals = torch.tensor(float(len(caught)), device=run.device)
         if run.world > 1:
             dist.all_reduce(totals)
-        *totals, stops = totals.tolist()  # here the host waits for the device
-        line = {"step": done}  # and means over the steps since the last line and over all processes
-        line |= {name: total / len(history) / run.world for name, total in zip(history[0], totals)}
+            dist.all_reduce(signals)
+        stop = signals.item() > 0
+        means = (totals.double() / len(history) / run.world).tolist()
+        line = {"step": done} | dict(zip(history[0], means))
         line["lr"] = run.optimizer.param_groups[0]["lr"]
         if "acc_label" in line:
             line["negatives"] = config.batch // config.accumulate - 1
@@ -429,9 +432,9 @@ def train(run: Run, caught: list[int]) -> None:
                 file.write(json.dumps(line) + "\n")
             if due:
                 sample.save_curves(folder / "loss.png", folder / "metrics.jsonl")
-            if due or stops:
+            if due or stop:
                 save(run, done)
-        if stops:
+        if stop:
             break
         history, clock = [], time.time()  # validation and saving are not part of the speed
     if run.world > 1:
