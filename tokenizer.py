@@ -873,8 +873,7 @@ def find_images(data: str) -> str:
 
 # ---- The token cache: tokens.npy uint16 (N, V, T), labels.npy int64 (N,), meta.json ------------------------
 
-CHUNK = 1000  # images per part file: what each process of a killed encoding loses at most
-READ_AHEAD = 2 ** 25  # bytes of crops that wait for the tokenizer
+PART_IMAGES, PART_BYTES = 1000, 2 ** 27  # in a part and its crops, at most: what a killed encoding loses
 UNREADABLE = 65535  # fills the row of an image that cannot be read; its label becomes -1
 
 
@@ -898,9 +897,9 @@ def token_cache(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, .
     """The codes of ten crops of every image for each of `ratios`; of the centre crop alone if there are none.
 
     They are read from a folder below `root` whose name says what it holds. What is missing is encoded first:
-    under torchrun each process encodes every WORLD_SIZE-th chunk of images into a part file, and rank 0 joins
-    the parts and writes meta.json last, for which the others wait. A killed encoding goes on where it was,
-    with any number of processes, and two jobs may encode the same cache at once.
+    under torchrun each process encodes every WORLD_SIZE-th part into a file of its own, and rank 0 joins these
+    files and writes meta.json last, for which the others wait. A killed encoding goes on where it was, with
+    any number of processes, and two jobs may encode the same cache at once.
     Raises ValueError if codes and image size do not fit, as `read_pixels` does, or for a damaged cache.
     """
     check_image_size(size, vq.config)
@@ -910,8 +909,9 @@ def token_cache(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, .
     folder = Path(root) / f"{len(images.classes)}-classes-{images.split}-{size}px-{digest(meta)[:8]}"
     finished, parts = folder / "meta.json", folder / "parts"
     if not finished.exists():
-        files = {range(start, min(start + CHUNK, N)): parts / f"{start:09d}.npy"
-                 for start in range(0, N, CHUNK)}
+        count = max(min(PART_IMAGES, PART_BYTES // (3 * size ** 2 * meta["shape"][1])), 1)  # images in a part
+        files = {range(start, min(start + count, N)): parts / f"{start:09d}.npy"
+                 for start in range(0, N, count)}
         try:
             _encode(dict([*files.items()][rank::world]), images, vq, size, ratios)
             while not finished.exists():
@@ -925,9 +925,6 @@ def token_cache(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, .
         shutil.rmtree(parts, ignore_errors=True)
     with reading(folder, "token cache of these images (delete it, and it is encoded again)"):
         tokens, labels = np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "labels.npy")
-        if (list(tokens.shape), tokens.dtype, labels.shape) != (meta["shape"], np.uint16, (N,)):
-            raise ValueError(f"tokens.npy is {tokens.dtype} {tokens.shape}, labels.npy {labels.shape}, not "
-                             f"{meta['shape']}")
     bad = np.flatnonzero(labels < 0)
     if rank == 0 and len(bad):
         print(f"!! {len(bad):,} {images.split} images are left out of {folder}, since they could not be "
@@ -939,23 +936,17 @@ def _encode(parts: dict[range, Path], images: ImageSet, vq: VQModel, size: int,
             ratios: tuple[float, ...]) -> None:
     """Write those of `parts`, {rows of `images`: file}, that are missing."""
     blank = np.zeros((max(10 * len(ratios), 1), size, size, 3), np.uint8)  # (V, S, S, 3)
-    count = max(READ_AHEAD // blank.nbytes, 1)  # images at a time
     missing = {rows: part for rows, part in parts.items() if not part.exists()}
-    groups = [(rows, rows[i:i + count]) for rows in missing for i in range(0, len(rows), count)]
-    crops = read_ahead(read_pixels(images, group, lambda image: all_crops(image, size, ratios))
-                       for _, group in groups)
+    crops = read_ahead(read_pixels(images, rows, lambda image: all_crops(image, size, ratios))
+                       for rows in missing)
     what, total = f"encoding {Path(images.source).name} {images.split}", sum(map(len, missing))
-    codes = []  # of the part that is being filled
     with progress(desc=what, total=total, unit="image") as bar:
-        for (rows, group), found in zip(groups, crops):
+        for (rows, part), found in zip(missing.items(), crops):
             pixels = np.stack([blank if image is None else image for image in found])  # (B, V, S, S, 3)
-            tokens = encode_pixels(vq, torch.from_numpy(pixels).flatten(0, 1)).unflatten(0, pixels.shape[:2])
-            tokens[[image is None for image in found]] = UNREADABLE
-            codes.append(tokens.numpy().astype(np.uint16))  # (B, V, T)
-            bar.update(len(group))
-            if group.stop == rows.stop:
-                whole, codes = np.concatenate(codes), []
-                write_file(missing[rows], lambda file: np.save(file, whole))
+            codes = encode_pixels(vq, torch.from_numpy(pixels).flatten(0, 1)).unflatten(0, pixels.shape[:2])
+            codes[[image is None for image in found]] = UNREADABLE
+            write_file(part, lambda file: np.save(file, codes.numpy().astype(np.uint16)))  # (B, V, T)
+            bar.update(len(rows))
 
 
 def _join(folder: Path, parts: dict[range, Path], images: ImageSet, meta: dict) -> None:
