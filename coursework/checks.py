@@ -77,7 +77,7 @@ def what_each_loss_runs(seed: int = 0) -> None:
             f"--losses {on}: the teacher runs {len(calls)} times; expected {int(on != 'ar')}."
         assert calls in ([], [None]), f"--losses {on}: the teacher gets a mask; it sees all keys."
         assert (masks[0] is not None) == ("mim" in on), \
-            f"--losses {on}: the student gets {'no' if masks[0] is None else 'a'} mask; only with mim it has one."
+            f"--losses {on}: the student gets {'no' if masks[0] is None else 'a'} mask; only mim gives one."
         expected = FORWARD(objective, *batch)
         assert result.keys() == expected.keys(), \
             f"--losses {on}: returns {', '.join(result)}; expected are {', '.join(expected)}."
