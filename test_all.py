@@ -27,7 +27,6 @@ import tempfile
 import threading
 import time
 import traceback
-import tracemalloc
 import zipfile
 
 from concurrent.futures import ThreadPoolExecutor
@@ -110,20 +109,37 @@ def run(main, *argv):
         os.chdir(place)
 
 
-def launch(name, *argv, processes=1):
-    """Start a script in the workshop as a process, or several by torchrun; none outlives the tests."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *torchrun * (processes > 1), HERE / name, *words_for_cpu(argv)]
-    process = subprocess.Popen(command, cwd=workshop(), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    atexit.register(process.terminate)  # nothing happens if it has ended
-    return process
+PATIENCE = 300  # seconds for a launched script to do what a quiet machine does in ten
 
 
-def finish(process):
-    """Wait for a launched script, which must succeed."""
-    err = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 0, err[-3000:]
+def launch(script, *argv, processes=1, folder=None):
+    """Start a script in the workshop or a folder, as so many processes; none outlives the tests."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started, command = [], [sys.executable, HERE / script, *words_for_cpu(argv)]
+    for rank in map(str, range(processes)):  # as torchrun would, which takes longer
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(processes), RANK=rank,
+                     LOCAL_RANK=rank, OMP_NUM_THREADS="1")
+        started.append(subprocess.Popen(command, cwd=folder or workshop(), env=os.environ | place, text=True,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+        atexit.register(started[-1].kill)  # nothing happens if it has ended
+    return started
+
+
+def finish(processes, enough=None):
+    """Whether launched processes come to their end, as they must, well and in time; `enough()` kills them."""
+    end = time.time() + PATIENCE
+    while None in (codes := [process.poll() for process in processes]) and not any(codes):
+        assert time.time() < end, "it takes too long"
+        if enough and enough():
+            for process in processes:
+                process.kill()
+                process.wait()
+            return False
+        time.sleep(0.01)
+    assert not any(codes), "".join(process.stderr.read()[-2000:] for process in processes if process.poll())
+    return True
 
 
 def refuses_all(main, table, *before):
@@ -198,7 +214,7 @@ def with_unreadable(*bad):
 
 
 TINY = ["--preset", "nano", "--image-size", "16", "--batch", "8", "--dropout", "0", "--warmup", "0",
-        "--log-every", "1", "--eval-images", "4", "--samples", "2"]
+        "--log-every", "1", "--eval-images", "4", "--samples", "2", "--seed", "7"]
 SMALL = [*TINY, "--data", "images", "--tokenizer", "vq.pt"]
 
 
@@ -273,27 +289,19 @@ def test_reader_layouts():
     write_images(root / "plain")
     train_set, val = splits(root / "plain")
     assert len(train_set) == 44 and not set(train_set.names) & set(val.names)
-    assert val.labels.tolist() == [0, 1, 2, 3] and val.classes == [f"class{i}" for i in range(4)]
-    write_images(root / "plain" / ".hidden", classes=1)
-    assert tokenizer.open_images(root / "plain").fingerprint == train_set.fingerprint
+    assert val.labels.tolist() == [0, 1, 2, 3]
     with open(root / "plain" / train_set.names[0], "ab") as file:
         file.write(b"another size")
     assert tokenizer.open_images(root / "plain").fingerprint != train_set.fingerprint
-    for names in (("Train", "Val"), ("training", "testing"), ("train", "validation")):
+    for names in (("Train", "Val"), ("training", "testing")):
         for name, each in zip(names, (3, 2)):
-            write_images(root / "_".join(names) / "a" / "b" / name, each=each)
-        assert list(map(len, splits(root / "_".join(names)))) == [12, 8], names
-    packed = tokenizer.open_images(pack(tiny_imagenet(root / "tiny"), root / "tiny.zip", "./t/"), "val")
-    val = tokenizer.open_images(root / "tiny", "val")
-    assert packed.names == val.names and packed.classes == ["goldfish", "lion"] == val.classes
-    assert packed.labels.tolist() == [1, 0] == val.labels.tolist()
-    assert packed.read(0).mode == "RGB" and packed.read(0).size == (20, 30)
-    assert "4 training and 2 held-out images of 2 classes" in packed.summary, packed.summary
-    for i in range(2):  # as many sort the validation images; the annotations stay
-        (root / "tiny" / "val" / f"class{1 - i}").mkdir()
-        name = Path("tiny", "val", "images", f"v{i}.JPEG")
-        (root / name).rename(root / "tiny" / "val" / f"class{1 - i}" / name.name)
-    assert sorted(tokenizer.open_images(root / "tiny", "val").labels) == [0, 1]
+            write_images(root / names[0] / "around" / name, each=each)
+        assert list(map(len, splits(root / names[0]))) == [12, 8], names
+    folder = tiny_imagenet(root / "tiny")
+    for source in (folder, pack(folder, root / "tiny.zip", "./t/")):
+        val = tokenizer.open_images(source, "val")
+        assert val.classes == ["goldfish", "lion"] and val.labels.tolist() == [1, 0]
+        assert val.read(0).mode == "RGB" and val.read(0).size == (20, 30)
 
 
 def test_reader_is_not_fooled():
@@ -302,16 +310,12 @@ def test_reader_is_not_fooled():
     for words, folders in (("12 images val/ sort", ["train/class0", "train/class1", "val"]),
                            ("class 'class2' no training", ["train/class0", "train/class1", "val/class2"]),
                            ("train and val class folders", ["train", "val"]),
-                           ("cars_test and cars_train class folders", ["cars_train/a", "cars_test/a"]),
                            ("test class folders", ["cat", "dog", "test"])):
-        data = root / words[:5]
         for folder in folders:
-            shutil.copytree(classes / "class0", data / folder)
-        refuses(ValueError, words, tokenizer.open_images, data)
+            shutil.copytree(classes / "class0", root / words[:5] / folder)
+        refuses(ValueError, words, tokenizer.open_images, root / words[:5])
     write_images(root / "single", each=1)
     refuses(ValueError, "one image of each class", tokenizer.open_images, root / "single")
-    (tiny_imagenet(root / "tiny") / "val" / "images" / "v1.JPEG").unlink()
-    refuses(ValueError, "v1.JPEG does not hold", tokenizer.open_images, root / "tiny")
     (root / "half.zip").write_bytes(b"PK\3\4 and then the connection broke")
     refuses(ValueError, "half.zip whole zip", tokenizer.open_images, root / "half.zip")
 
@@ -326,29 +330,19 @@ def test_subset_equals_a_pack_of_these_classes():
     (root / "list.txt").write_bytes(b"\xef\xbb\xbfclass3\r\n\r\n class1 \r\nclass3")  # as Windows writes it
     few = splits(pack(root / "few", root / "few.zip"))
     for a, b in zip(few, splits(everything, root / "list.txt")):
-        assert a.names == b.names and a.fingerprint == b.fingerprint and np.array_equal(a.labels, b.labels)
-        assert b.classes == ["class1", "class3"] and "of 2 classes (of 4: those in" in b.summary
+        assert a.fingerprint == b.fingerprint and b.classes == ["class1", "class3"]
     (root / "list.txt").write_text("class1\ndog\n")
     refuses(ValueError, "list.txt 'dog' no images", splits, everything, root / "list.txt")
 
 
 def test_pictures_of_every_kind():
-    """Upright as EXIF says, though it be broken; 16-bit grey; what could harm stays closed."""
-    def decode(image, kind, **options):
-        file = io.BytesIO()
-        image.save(file, kind, **options)
-        return np.asarray(tokenizer.decode_image(file.getvalue(), "x"))
-
-    pixels = np.zeros((8, 16, 3), np.uint8)
-    pixels[:, :8] = 255  # white on the left
-    lying = Image.Exif()
+    """Upright as EXIF says; what could run a program or fill the memory stays closed."""
+    picture, lying, file = Image.new("RGB", (16, 8)), Image.Exif(), io.BytesIO()
+    picture.paste("white", (0, 0, 8, 8))  # on the left
     lying[0x0112] = 6  # to be turned by 90 degrees to the right: white on top
-    turned = decode(Image.fromarray(pixels), "JPEG", exif=lying, quality=95)
+    picture.save(file, "JPEG", exif=lying, quality=95)
+    turned = np.asarray(tokenizer.decode_image(file.getvalue(), "x"))
     assert turned.shape == (16, 8, 3) and turned[:7].min() > 240 and turned[9:].max() < 15
-    broken = decode(Image.fromarray(pixels), "PNG", exif=b"\0\x08\0\x02\1\x12\0\3")
-    assert np.array_equal(broken, pixels)
-    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
-    assert np.array_equal(decode(Image.fromarray(deep), "PNG")[..., 0].ravel(), np.arange(256))
     bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0\1\0\0" * 2 + b"\1\0\0\0\0"  # 65536 x 65536
     for name, data in (("empty", b""), ("bomb", bomb), ("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n")):
         refuses(ValueError, f"{name} readable image", tokenizer.decode_image, data, name)
@@ -357,9 +351,8 @@ def test_pictures_of_every_kind():
 def test_unreadable_images_are_left_out_and_told():
     images, found = with_unreadable(3), []
     said = heard(lambda: found.append(tokenizer.token_cache(images, our_vq(), 16, (), scratch())))
-    assert found[0].labels[3] == -1 and (found[0].labels >= 0).sum() == 131
+    assert np.flatnonzero(found[0].labels < 0).tolist() == [3]
     assert "1 train images are left out" in said and images.names[3] in said
-    assert [p is None for p in tokenizer.read_pixels(images, range(5), np.asarray)] == [0, 0, 0, 1, 0]
     assert "3.png" in heard(tokenizer.tell_unreadable, images)
     refuses(ValueError, "1 % of the 132 images", tokenizer.read_pixels, with_unreadable(3, 7), range(9),
             np.asarray)
@@ -367,34 +360,29 @@ def test_unreadable_images_are_left_out_and_told():
 
 def test_shapes_are_a_function_of_their_index():
     a, b = tokenizer.open_images("shapes"), tokenizer.open_images("shapes")
-    assert len(a.classes) >= 10 and a.fingerprint == b.fingerprint
     assert np.array_equal(a.read(17), b.read(17)) and not np.array_equal(a.read(17), a.read(29))
     assert not np.array_equal(a.read(0), tokenizer.open_images("shapes", "val").read(0))
 
 
 def test_crops():
-    rng = np.random.default_rng(0)
-    p = rng.integers(256, size=(281, 281, 3), dtype=np.uint8)
+    """LlamaGen's ten; the centre of wide and of tall images; ADM halves large ones by means of 2 x 2."""
+    p = np.random.default_rng(0).integers(256, size=(281, 281, 3), dtype=np.uint8)
     crops = tokenizer.ten_crops(Image.fromarray(p), 256, 1.1)
     assert crops.shape == (10, 256, 256, 3)
-    assert np.array_equal(crops[0], p[:256, :256]) and np.array_equal(crops[3], p[25:, 25:])
-    assert np.array_equal(crops[1], p[:256, 25:]) and np.array_equal(crops[2], p[25:, :256])
-    assert np.array_equal(crops[4], p[12:268, 12:268])  # 12.5 is rounded half to even
+    for crop, (y, x) in zip(crops, ((0, 0), (0, 25), (25, 0), (25, 25), (12, 12))):  # 12.5 is rounded to even
+        assert np.array_equal(crop, p[y:y + 256, x:x + 256])
     assert np.array_equal(crops[5], crops[1][:, ::-1])  # crops of the mirror image, not mirrored crops:
     assert not np.array_equal(crops[9], crops[4][:, ::-1])  # with an odd margin the centres differ
     assert np.array_equal(tokenizer.center_crop(Image.fromarray(p[:70]), 70), p[:70, 105:175])
     assert np.array_equal(tokenizer.center_crop(Image.fromarray(p[:, :70]), 70), p[105:175, :70])
     halved = np.asarray(tokenizer.center_crop(Image.fromarray(p[:64, :64]), 32), float)
-    assert abs(halved - p[:64, :64].reshape(32, 2, 32, 2, 3).mean((1, 3))).max() <= 1  # means of 2 x 2
-    wide = Image.fromarray(p[:70])
-    twenty = tokenizer.all_crops(wide, 32, (1.1, 1.05))
-    assert len(twenty) == 20 and np.array_equal(twenty[10:], tokenizer.ten_crops(wide, 32, 1.05))
-    assert np.array_equal(tokenizer.all_crops(wide, 32, ())[0], tokenizer.center_crop(wide, 32))
+    assert abs(halved - p[:64, :64].reshape(32, 2, 32, 2, 3).mean((1, 3))).max() <= 1
 
 
 def test_pixels_to_float_and_back():
-    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 16, 16, 3)
-    assert (tokenizer.to_uint8(tokenizer.to_float(pixels)).int() - pixels.int()).abs().max() <= 1
+    """0 and 255 are -1 and 1; the way back is LlamaGen's: times 127.5, plus 128, truncated."""
+    pixels = torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8)
+    close("float", tokenizer.to_float(pixels)[0, :, 0, 0], [-1, -0.6, 1])
     ends = torch.tensor([-1.0, 0.0, 1.0, 3.0]).view(1, 1, 2, 2)
     assert tokenizer.to_uint8(ends).flatten().tolist() == [0, 128, 255, 255]
 
@@ -459,23 +447,22 @@ def test_quality_by_hand():
 
 
 def test_crops_for_training_are_upright():
-    """White above red or blue: cut, mirrored from left to right, never upside down, with their labels."""
+    """Coloured below on the left: cut, mirrored from left to right, never upside down, with their labels."""
     root = scratch()
-    for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
-        pixels = np.zeros((40, 40, 3), np.uint8)
-        pixels[20:, :20], pixels[:20] = colour, 255
+    for name in ("blue", "red"):
+        picture = Image.new("RGB", (40, 40), "white")
+        picture.paste(name, (0, 20, 20, 40))
+        (root / name).mkdir()
         for i in range(3):
-            (root / name).mkdir(exist_ok=True)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    crops = tokenizer.Crops(tokenizer.open_images(root), 36, 0, "cpu")
-    colours, sides = {0: 2, 1: 0}, set()
+            picture.save(root / name / f"{i}.png")
+    crops, sides = tokenizer.Crops(tokenizer.open_images(root), 36, 0, "cpu"), set()
     for _ in range(20):
-        x, labels = crops.draw(4)
-        assert x.shape == (4, 3, 36, 36) and x[:, :, :12].min() > 0.9
+        x, labels = crops.draw(4)  # (4, 3, 36, 36)
+        assert x[:, :, :12].min() > 0.9
         for image, label in zip(x, labels.tolist()):
-            place = image[colours[label], -1] > 0.9  # (36,): where the colour is in the lowest row
-            assert 10 < place.sum() < 26 and not (image[2 - colours[label], -1] > -0.9).any()
-            sides.add(place[0].item())
+            dark = image[2 * label, -1] < -0.9  # in the lowest row: no red where it is blue, or no blue
+            assert 10 < dark.sum() < 26 and image[2 - 2 * label].min() > 0.9
+            sides.add(dark[0].item())
     assert sides == {True, False}
 
 
@@ -487,7 +474,7 @@ def test_dead_codes_are_restarted():
     quantize.restart(torch.arange(10) >= 7, latents)
     assert torch.equal(quantize.embedding.weight[:7], before[:7])
     distance = torch.cdist(quantize.embedding.weight[7:], F.normalize(latents, dim=-1))
-    assert distance.min(1).values.max() < 1e-5 and len(distance.argmin(1).unique()) > 1
+    close("from a latent", distance.min(1).values, [0] * 3)
     vq = tokenizer.train_tokenizer(our_images(), 16, replace(VQ_64, codebook_size=256), 2, 16, lr=0.0)
     pixels = tokenizer.held_out_pixels(our_images(), 16, 44)
     assert tokenizer.evaluate_tokenizer(vq, pixels)["usage"] > 0.3
@@ -499,9 +486,9 @@ def test_tokenizer_learns():
     grey = (pixels.float() / 255 - 0.5).square().flatten(1).mean(1)
     quality = tokenizer.evaluate_tokenizer(vq, pixels)
     assert quality["psnr"] > -10 * grey.log10().mean() + 1 and 1 < quality["perplexity"] <= 64
-    codes = tokenizer.encode_pixels(vq, pixels)
-    assert codes.shape == (4, 16) and torch.equal(codes, vq.encode(tokenizer.to_float(pixels)))
-    close("decoded", vq.decode(codes), vq(tokenizer.to_float(pixels))[0])
+    made, codes, _ = vq(tokenizer.to_float(pixels))
+    assert torch.equal(codes, tokenizer.encode_pixels(vq, pixels))
+    close("decoded", vq.decode(codes), made)
     assert torch.equal(tokenizer.reconstruct(vq, pixels), tokenizer.to_uint8(vq.decode(codes)))
 
 
@@ -522,59 +509,44 @@ def test_how_the_tokenizer_is_trained():
 
 
 def test_cache_by_any_number_of_processes():
-    """Each row holds its image's crops; a killed encoding goes on; jobs at once do not harm each other."""
+    """Each row holds its image's crops; a killed encoding goes on; two processes share the work."""
     vq, images, place = our_vq(), our_images(), scratch()
 
-    def encode(name, images=images):
-        return tokenizer.token_cache(images, vq, 16, (1.1, 1.05), place / name)
-
-    one = encode("one")
-    assert one.tokens.shape == (44, 20, 16) and one.tokens.dtype == np.uint16
-    crop = torch.from_numpy(tokenizer.ten_crops(images.read(5), 16, 1.05)[7])
-    assert np.array_equal(one.tokens[5, 17], vq.encode(tokenizer.to_float(crop[None]))[0])
-    assert np.array_equal(one.labels, images.labels)
-
-    def failing(rows):  # images of which some cannot be read because the process is killed
+    def encode(name, unreadable=()):  # the process is killed where it comes to one of these images
         def read(i):
-            if i in rows:
+            if i in unreadable:
                 raise RuntimeError("killed")
             return images.read(i)
-        return replace(images, read=read)
+        return tokenizer.token_cache(replace(images, read=read), vq, 16, (1.1, 1.05), place / name)
 
-    def equal(other):
-        return np.array_equal(one.tokens, other.tokens) and np.array_equal(one.labels, other.labels)
-
+    one = encode("one")
+    assert one.tokens.shape == (44, 20, 16) and np.array_equal(one.labels, images.labels)
+    crop = torch.from_numpy(tokenizer.ten_crops(images.read(5), 16, 1.05)[7])
+    assert np.array_equal(one.tokens[5, 17], vq.encode(tokenizer.to_float(crop[None]))[0])
     with patch.multiple(tokenizer, CHUNK=10, READ_AHEAD=1):  # parts of ten images, read one by one
-        refuses(RuntimeError, "killed", encode, "two", failing(range(25, 44)))
-        assert equal(encode("two", failing(range(20))))  # what had been done is not done again
+        refuses(RuntimeError, "killed", encode, "two", range(25, 44))
+        assert np.array_equal(one.tokens, encode("two", range(20)).tokens)  # nothing is done twice
         with patch.dict(os.environ, RANK="1", WORLD_SIZE="2"):
             second = threading.Thread(target=encode, args=["three"])  # encodes its share, then waits
             second.start()
             time.sleep(0.1)
-        assert equal(encode("three"))
+        assert np.array_equal(one.tokens, encode("three").tokens)
         second.join(PATIENCE)
-        with ThreadPoolExecutor(3) as pool:
-            assert all(map(equal, pool.map(encode, ["four"] * 3)))
-    shutil.copytree(workshop() / "images", place / "moved")
-    moved = tokenizer.open_images(place / "moved")
-    assert tokenizer.cache_meta(moved, vq, 16, (1.1, 1.05)) == one.meta
 
 
 def test_tokenizer_files_of_another_kind():
-    path = workshop() / "vq.pt"
     state = our_vq().state_dict()
-    for words, changes in (("no tokenizer warp", {"vq_config": {"warp": 9}}),
-                           ("holds a transformer", {"model": tiny_model().state_dict()}),
-                           ("nan", {"model": state | {"quant_conv.bias": torch.full((8,), math.nan)}}),
-                           ("surprise", {"model": state | {"surprise": torch.ones(3)}})):
-        refuses(ValueError, words, tokenizer.load_tokenizer, altered(path, **changes))
+    for words, changes in (("nan", {"quant_conv.bias": torch.full((8,), math.nan)}),
+                           ("surprise", {"surprise": torch.ones(3)})):
+        path = altered(workshop() / "vq.pt", model=state | changes)
+        refuses(ValueError, words, tokenizer.load_tokenizer, path)
 
 
 def test_written_whole_or_not_at_all():
+    """An older file stays until the new one is there."""
     root = scratch()
     path = root / "there" / "x"
     tokenizer.write_file(path, lambda file: file.write(b"old"))
-    (root / "link").symlink_to(path)
 
     def fail(file):
         file.write(b"half of the new one")
@@ -582,48 +554,40 @@ def test_written_whole_or_not_at_all():
         assert path.read_bytes() == b"old"
         raise OSError(28, "No space left on device")
 
-    refuses(OSError, "cannot write No space left", tokenizer.write_file, root / "link", fail)
-    assert path.read_bytes() == b"old"
+    refuses(OSError, "cannot write No space left", tokenizer.write_file, path, fail)
+    assert path.read_bytes() == b"old" and [file.name for file in path.parent.iterdir()] == ["x"]
     with replaced(path):
-        tokenizer.write_file(root / "link", lambda file: file.write(b"new"))
-    assert (root / "link").is_symlink() and path.read_bytes() == b"new"
-    assert [file.name for file in path.parent.iterdir()] == ["x"]
-    for wrong in (root, "/dev/null", path / "y", root / ("x" * 255)):
+        tokenizer.write_file(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    for wrong in (root, path / "y", root / ("x" * 255)):
         refuses(OSError, "", tokenizer.check_output, wrong)
-    tokenizer.check_output(root / "new" / "y.pt")
-    assert sorted(file.name for file in root.iterdir()) == ["link", "there"]
 
 
 def test_downloads_are_checked():
     root = scratch()
     (root / "there").write_bytes(b"images")
-    for words, name, checksum in (("cannot be fetched", "nowhere", ""), ("sent 6 bytes", "there", "0" * 32),
-                                  ("", "there", "59b514174bffe4ae402b3d63aad79fe0")):
-        call = tokenizer.download, (root / name).as_uri(), root / "here", 6, f"md5:{checksum}"
-        if words:
-            refuses(ValueError, words, *call)
-        else:
-            call[0](*call[1:])
-        assert (root / "here").exists() == (not words)
+
+    def download(name, checksum):
+        tokenizer.download((root / name).as_uri(), root / "here", 6, f"md5:{checksum}")
+
+    refuses(ValueError, "cannot be fetched", download, "nowhere", "")
+    refuses(ValueError, "sent 6 bytes", download, "there", "0" * 32)
+    assert not (root / "here").exists()
+    download("there", "59b514174bffe4ae402b3d63aad79fe0")
+    assert (root / "here").read_bytes() == b"images"
 
 
 def test_an_error_stands_alone_on_its_line():
-    """Bars are closed before it is printed; a full memory or a useless device is one sentence."""
-    def main(error):
+    """Bars are closed before it is printed; a full memory is one sentence."""
+    def main():
         with tokenizer.enough_memory("lower --batch"), tokenizer.progress(desc="waiting", total=2):
             for _ in tokenizer.progress(range(3), "counting"):
-                raise error
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 9.")
 
-    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 9 GiB.")
-    for error, words in ((ValueError("no"), "no"), (KeyboardInterrupt(), "130"),
-                         (MemoryError(), "too little memory; lower --batch."),
-                         (full, "too little memory to allocate 20.00 GiB; lower --batch.")):
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            refuses(SystemExit, words, tokenizer.run_script, lambda: main(error), "It goes on.")
-        assert "counting" in said.getvalue() and said.getvalue().endswith("\n")
-    for name, words in (("banana", "cpu, cuda"), ("mps", "untested CPU minutes"), ("cuda:99", "GPU 99")):
-        refuses(ValueError, words, tokenizer.choose_device, name)
+    said, sentence = io.StringIO(), "too little memory to allocate 20.00 GiB; lower --batch."
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        refuses(SystemExit, sentence, tokenizer.run_script, main, "It goes on.")
+    assert "counting" in said.getvalue() and said.getvalue().endswith("\n")
 
 
 def test_tokenizer_script():
@@ -694,40 +658,25 @@ def test_dropout_is_in_three_places():
     assert torch.equal(net(tokens, classes).logits, plain)
 
 
-def test_causality():
+def test_causality_and_masked_key():
+    """A token reaches its own position and later ones; where its key is hidden (Eq. 3), its own alone."""
     net, (tokens, classes) = tiny_model(), some_tokens()
-    changed = tokens.clone()
-    changed[:, 9] = (changed[:, 9] + 1) % 11  # token x_10 is at position 10
-    a, b = (net(x, classes).logits for x in (tokens, changed))
-    assert torch.equal(a[:, :10], b[:, :10]) and not torch.allclose(a[:, 10], b[:, 10])
-
-
-def test_masked_key_has_no_influence():
-    """Eq. 3: with key 7 hidden, token 7 reaches only its own position, through the residual stream."""
-    net, (tokens, classes) = tiny_model(), some_tokens()
-    mask = torch.zeros(3, 16, dtype=torch.bool)
+    mask, places = torch.zeros(3, 16, dtype=torch.bool), torch.arange(16)
     mask[:, 7] = True
     changed = tokens.clone()
-    changed[:, 6] = (changed[:, 6] + 1) % 11
-    others = torch.arange(16) != 7
-    for mask_it, unmoved in ((mask, True), (torch.zeros_like(mask), False)):
-        a, b = (net(x, classes, key_mask=mask_it).logits for x in (tokens, changed))
-        assert torch.allclose(a[:, others], b[:, others], atol=1e-6) == unmoved
-        assert not torch.allclose(a[:, 7], b[:, 7], atol=1e-3)
-    everything = torch.ones(3, 16, dtype=torch.bool)
-    everything[:, 0] = False  # all but the class token: the emptiest rows there are
-    assert net(tokens, classes, key_mask=everything).logits.isfinite().all()
+    changed[:, 6] = (changed[:, 6] + 1) % 11  # token x_7 is at position 7
+    for key_mask, moved in ((None, places >= 7), (torch.zeros_like(mask), places >= 7), (mask, places == 7)):
+        a, b = (net(x, classes, key_mask=key_mask).logits for x in (tokens, changed))
+        assert torch.equal((a - b).abs().amax((0, 2)) > 1e-6, moved)
 
 
 def test_explicit_attention_equals_fused():
-    """In logits and features; each row of its weights is a share of what the query may see."""
+    """Each row of its weights is a share of what the query may see."""
     net, (tokens, classes) = tiny_model(), some_tokens()
     for key_mask in (None, losses.sample_key_mask(3, 16, 0.4, torch.Generator().manual_seed(0))):
-        fused, explicit = (net(tokens, classes, key_mask=key_mask, layers=(1, 3), return_attention=way)
+        fused, explicit = (net(tokens, classes, key_mask=key_mask, return_attention=way)
                            for way in (False, True))
         close("logits", explicit.logits, fused.logits)
-        for n in (1, 3):
-            close(f"layer {n}", explicit.hidden[n], fused.hidden[n])
         for weights in explicit.attention:  # (B, H, T, T)
             close("rows of the attention", weights.sum(-1), torch.ones(3, 2, 16))
             seen = torch.ones(16, 16).tril() * (True if key_mask is None else ~key_mask[:, None, None])
@@ -1050,15 +999,13 @@ def test_an_optimizer_step_by_hand():
 
 
 def test_float16_skips_a_step_that_overflows_and_goes_on():
-    """As on an old GPU: only the teacher moves, and the scale is halved; the next step is as in float32."""
-    config = a_config(ema=0.9)
-    half, single = (a_run(config, an_objective(config), dtype) for dtype in (torch.float16, None))
+    """As on an old GPU: the student stays, and the scale is halved; the next step is as in float32."""
+    half, single = (a_run(a_config(), an_objective(a_config()), dtype) for dtype in (torch.float16, None))
     half.scaler.load_state_dict(half.scaler.state_dict() | {"scale": 2.0 ** 100})
-    before = copy.deepcopy(half.objective.state_dict())
+    before = copy.deepcopy(half.objective.student.state_dict())
     log = train.train_step(half, half.objective, train.load_batch(half, 0), 0)
     assert log["loss"].isfinite() and log["grad_norm"] == 0 and half.scaler.get_scale() == 2.0 ** 99
-    moved = [name for name, value in half.objective.state_dict().items() if not same(value, before[name])]
-    assert moved and all(name.startswith("teacher.") for name in moved)
+    assert same(half.objective.student.state_dict(), before)
     half.scaler.load_state_dict(half.scaler.state_dict() | {"scale": 2.0 ** 10})
     a, b = (train.train_step(run, run.objective, train.load_batch(run, 1), 1) for run in (half, single))
     for name in ("loss", "grad_norm"):
@@ -1074,11 +1021,10 @@ def test_dropout_is_new_in_every_step_and_never_the_teachers():
     other = train.train_step(run._replace(rank=1), objective, batch, 0)["loss_ar"]  # of another process
     assert abs(first - again) < 1e-4 < min(abs(first - second), abs(first - other))
     value, rows = train.validation_loss(run), np.flatnonzero(run.held_out.labels >= 0)
-    assert all(module.training for module in objective.student.modules())  # dropout is back afterwards
+    assert objective.student.tok_dropout.training and not objective.teacher.tok_dropout.training
     tokens = torch.from_numpy(run.held_out.tokens[rows, 0].astype(np.int64))
     logits = objective.student.eval()(tokens[:, :-1], torch.from_numpy(run.held_out.labels[rows])).logits
     close("held-out loss", value, losses.ar_loss(logits, tokens))
-    assert not any(module.training for module in objective.teacher.modules())
 
 
 def test_schedules():
@@ -1092,10 +1038,10 @@ def test_schedules():
 
 
 def test_flags_come_from_the_config():
-    config, given, resume = train.parse_arguments(["--preset", "nano", "--no-ema-ramp", "--resume"])
-    assert config.model == "nano" and config.ema_ramp is False and resume
-    assert given == {"preset": "nano", "ema_ramp": False}
-    assert train.parse_arguments(["--preset", "B", "--losses", "ar"])[0].name == "B-ar"
+    flags = ["--preset", "B", "--losses", "ar", "--ema-ramp", "--resume"]
+    config, given, resume = train.parse_arguments(flags)
+    assert config.name == "B-ar" and config.ema_ramp and resume
+    assert given == {"preset": "B", "losses": "ar", "ema_ramp": True}
     paper = dict(views=2, mask_ratio=0.25, positions=4, depth=18, alpha=1.0, beta=0.5, ema=0.9999,
                  ema_ramp=False, crop_ratios=(1.1, 1.05), base_lr=1e-4, schedule="constant", warmup=0,
                  weight_decay=0.05, clip=1.0, class_dropout=0.1, dropout=0.1, batch=256,
@@ -1150,7 +1096,6 @@ def test_accumulation_equals_one_batch():
     assert metrics("in-2")[0]["negatives"] == 3  # what it lacks with contrast
 
 
-PATIENCE = 300  # seconds for a launched script to do what a quiet machine does in ten
 STATE = ("model", "ema", "projector", "optimizer", "step")
 
 
@@ -1165,16 +1110,11 @@ def same_run(a, b):
 def test_killed_and_resumed_is_bit_identical():
     """kill -9 in the middle of a run with dropout, then --resume: every tensor as in the undisturbed run."""
     settings = [*SMALL, "--steps", 12, "--save-every", 3, "--dropout", 0.1]
-    killed, deadline = launch("train.py", *settings, "--name", "killed"), time.time() + PATIENCE
-    while len(metrics("killed")) < 5:
-        assert killed.poll() is None and time.time() < deadline, killed.communicate()[1][-3000:]
-        time.sleep(0.01)
-    killed.kill()
-    killed.communicate()
+    assert not finish(launch("train.py", *settings, "--name", "killed"), lambda: len(metrics("killed")) > 4)
     assert checkpoint("killed")["step"] < 12
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the killed process had; more threads round sums differently
-    folder, whole_folder = (workshop() / "runs" / name for name in ("killed", "whole"))
+    folder = workshop() / "runs" / "killed"
     with replaced(folder / "checkpoint.pt", folder / "config.json", folder / "metrics.jsonl"):
         run(train.main, *settings, "--name", "killed", "--resume")
     run(train.main, *settings, "--name", "whole")
@@ -1182,19 +1122,22 @@ def test_killed_and_resumed_is_bit_identical():
     same_run("killed", "whole")
     trained_run()  # which differs in its first step by dropout alone
     assert metrics("whole")[0]["loss_mim"] != metrics("trained")[0]["loss_mim"]
-    whole = sample.open_trained(whole_folder, None, False, 16, "cpu")
-    grid = whole_folder / "samples" / "0000012.png"  # without dropout, as sample.py draws it
-    sample.save_samples(grid.with_name("again.png"), whole.model, whole.vq, 2, whole.classes, 0, cfg=2.0)
-    assert grid.read_bytes() == grid.with_name("again.png").read_bytes()
-    others = our_images("val")
-    codes = tokenizer.encode_pixels(whole.vq, tokenizer.held_out_pixels(others, 16, 4))
-    logits = whole.model(codes[:, :-1], torch.from_numpy(others.labels)).logits
-    close("held-out loss", metrics("whole")[-1]["val_nll"], losses.ar_loss(logits, codes))
+
+
+def test_what_a_run_shows_of_itself():
+    """Its last grid and held-out loss are those of its checkpoint, without dropout."""
+    folder, others = trained_run(), our_images("val")
+    trained = sample.open_trained(folder, None, False, 16, "cpu")
+    sample.save_samples(folder / "again.png", trained.model, trained.vq, 2, trained.classes, 7, cfg=2.0)
+    assert (folder / "again.png").read_bytes() == (folder / "samples" / "0000001.png").read_bytes()
+    codes = tokenizer.encode_pixels(trained.vq, tokenizer.held_out_pixels(others, 16, 4))
+    logits = trained.model(codes[:, :-1], torch.from_numpy(others.labels)).logits
+    close("held-out loss", metrics("trained")[-1]["val_nll"], losses.ar_loss(logits, codes))
 
 
 def test_signals_save_and_end():
     """Ctrl-C, and what batch systems send; but not what is ignored, as SIGHUP is under nohup."""
-    step, kinds = train.train_step, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    step, kinds = train.train_step, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def struck(run, *rest):
         if rest[-1] == 1:
@@ -1202,39 +1145,36 @@ def test_signals_save_and_end():
         return step(run, *rest)
 
     settings = [*SMALL, "--samples", 0, "--steps", 3]
-    before = [signal.signal(kind, signal.default_int_handler) for kind in kinds]
     with patch.object(train, "train_step", struck):
         for kind in kinds:
             refuses(SystemExit, f"Saved after step 2 --resume --name struck-{kind}", run, train.main,
                     *settings, "--name", f"struck-{kind}", "--seed", int(kind))
             assert checkpoint(f"struck-{kind}")["step"] == 2
-            assert signal.signal(kind, signal.SIG_IGN) is signal.default_int_handler  # as it was before
-        run(train.main, *settings, "--name", "nohup", "--seed", int(signal.SIGHUP))
-    for kind, handler in zip(kinds, before):
-        signal.signal(kind, handler)
+        before = signal.signal(kind, signal.SIG_IGN)
+        run(train.main, *settings, "--name", "nohup", "--seed", int(kind))
+        signal.signal(kind, before)
     assert checkpoint("nohup")["step"] == 3
 
 
 def test_a_run_begins_with_its_seed():
-    """Seen after a step that hardly moves; the teacher begins as the student."""
-    run(train.main, *SMALL, "--name", "seeded", "--steps", 1, "--base-lr", 1e-9, "--seed", 7)
-    begun = checkpoint("seeded")
+    """Seen after one small step; the teacher begins as the student."""
+    begun = checkpoint(trained_run())
     torch.manual_seed(7)
     start = model.Transformer(model.ModelConfig(**begun["model_config"])).state_dict()
     for name, value in start.items():
-        close(name, begun["model"][name], value, 1e-7)
-        close(name, begun["ema"][name], value, 1e-7)
+        close(name, begun["model"][name], value, 1e-3)
+        close(name, begun["ema"][name], value, 1e-3)
 
 
 def test_two_processes_equal_one():
-    """All that is logged, and AdamW's first moments."""
+    """All that is logged but near ties, and AdamW's first moments."""
     settings = [*SMALL, "--steps", 2, "--samples", 0]
-    finish(launch("train.py", *settings, "--name", "two", processes=2))
+    assert finish(launch("train.py", *settings, "--name", "two", processes=2))
     run(train.main, *settings, "--name", "one")
-    for a, b, tolerance in zip(metrics("one"), metrics("two"), (1e-5, 1e-4), strict=True):
+    for a, b in zip(metrics("one"), metrics("two"), strict=True):
         assert a.keys() == b.keys() and a["negatives"] == 7
-        for name in a.keys() - {"tokens_per_second"}:
-            close(f"{name} of step {a['step']}", b[name], a[name], tolerance)
+        for name in a.keys() - {"tokens_per_second", "acc_step", "acc_view"}:
+            close(f"{name} of step {a['step']}", b[name], a[name], 1e-4)
     a, b = (checkpoint(name)["optimizer"]["state"] for name in ("one", "two"))
     assert len(a) == len(b) > len(checkpoint("two")["model"])  # the projector has been stepped, too
     for i in a:
@@ -1270,11 +1210,10 @@ def test_training_goes_on_where_torch_compile_fails():
 
     settings = [*SMALL, "--steps", 2, "--dropout", 0.1]
     run(train.main, *settings, "--name", "uncompiled", "--no-compile")
-    for name, compiler in (("broken", broken), ("compiled", lambda module: module)):
-        with patch.object(torch, "compile", compiler):
-            said = run(train.main, *settings, "--name", name, "--compile")
-        same_run(name, "uncompiled")
-        assert ("torch.compile fails here (RuntimeError: no Triton): training" in said) == (name == "broken")
+    with patch.object(torch, "compile", broken):
+        said = run(train.main, *settings, "--name", "broken", "--compile")
+    same_run("broken", "uncompiled")
+    assert "torch.compile fails here (RuntimeError: no Triton): training" in said
 
 
 def test_a_run_folder_belongs_to_one_process():
@@ -1379,7 +1318,6 @@ def test_labels_are_balanced_from_the_first_image_on():
 def test_a_killed_npz_goes_on_with_its_own_parts_only():
     net, vq, path = tiny_model(vocab_size=64), our_vq(), scratch() / "a.npz"
     labels, original = sample.mixed_labels(10, 5), sample.sample_images
-    batches = [original(net, vq, labels[i:i + 3], 7 + i, cfg=2.0) for i in (0, 3, 6, 9)]  # seeded by place
 
     def write(weights, killed_at=None):
         """The first image of each batch that had to be made."""
@@ -1402,51 +1340,38 @@ def test_a_killed_npz_goes_on_with_its_own_parts_only():
     with replaced(path):
         write("A")
     file = np.load(path)
-    assert [*file] == ["arr_0", "arr_1", "classes", "protocol"] and file["arr_0"].dtype == np.uint8
-    assert np.array_equal(file["arr_0"], np.concatenate(batches))
+    for i in (0, 3, 6, 9):  # seeded by place
+        batch = original(net, vq, labels[i:i + 3], 7 + i, cfg=2.0)
+        assert np.array_equal(file["arr_0"][i:i + 3], batch)
     assert np.array_equal(file["arr_1"], labels) and file["classes"].tolist() == list("abcde")
     how = dict(weights_digest="A", precision="fp32", device="cpu", seed=7, batch=3, num=10, cfg=2.0)
     assert json.loads(str(file["protocol"])) == how
 
 
-def test_memory_does_not_grow_with_the_images_of_an_npz():
-    one = sample.Trained("x", tiny_model(), None, list("abcde"), {}, {}, {})
-    batch = np.zeros((10, 64, 64, 3), np.uint8)
-    tracemalloc.start()
-    with patch.object(sample, "sample_images", lambda *_, **__: batch):
-        sample.save_npz(scratch() / "a.npz", one, 1000, 10, 0, "fp32", cfg=1.0)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 20 * batch.nbytes, peak / batch.nbytes  # of 100
-
-
 def test_checkpoints_of_all_kinds():
     """Ours, LlamaGen's, and other people's: prefixes, other keys, objects beside the weights."""
     net, (tokens, classes), path = tiny_model(), some_tokens(), scratch() / "x.pt"
-    state, teacher, shape = net.state_dict(), tiny_model(seed=9).state_dict(), vars(net.config)
+    state, teacher = net.state_dict(), tiny_model(seed=9).state_dict()
     skips_foreign = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")  # torch 2.6
 
-    def load(content, **settings):
+    def load(content, ema=False):
         torch.save(content, path)
-        return sample.load_model(path, **settings)
+        return sample.load_model(path, ema, image_size=64)[0]
 
-    ours = {"model": state, "ema": teacher, "step": 3, "model_config": shape}
-    assert same(load(ours)[0].state_dict(), state) and same(load(ours, ema=True)[0].state_dict(), teacher)
+    ours = {"model": state, "ema": teacher, "model_config": vars(net.config)}
+    assert same(load(ours).state_dict(), state) and same(load(ours, ema=True).state_dict(), teacher)
+    refuses(ValueError, "3 layers width 32", load, state)
     with patch.dict(model.SIZES, test=(3, 2, 32)):  # LlamaGen's files do not say how many heads there are
         for content in (
-            state,
-            {"model": state, "args": argparse.Namespace(image_size=64, downsample_size=16)},
             {"model": state | {"freqs_cis": torch.zeros(17, 8, 2)}, "steps": 7},
             {"state_dict": {f"module._orig_mod.{name}": value for name, value in state.items()}},
             {"module": state, **({"best": np.float64(1), "config": Path("x")} if skips_foreign else {})},
         ):
-            again, _ = load(content, image_size=64)
-            assert torch.equal(again(tokens, classes).logits, net(tokens, classes).logits), [*content]
+            assert torch.equal(load(content)(tokens, classes).logits, net(tokens, classes).logits)
         refuses(ValueError, "no EMA leave out --ema", load, state, ema=True)
+        refuses(ValueError, "EMA weights only add --ema", load, {"ema": state})
         refuses(ValueError, "no transformer surprise", load, state | {"surprise": torch.zeros(1)})
-    refuses(ValueError, "3 layers width 32", load, state)
-    refuses(ValueError, "EMA weights only add --ema", load, {"ema": state})
-    refuses(ValueError, "nan", load, {"model": state | {"norm.weight": torch.full((32,), math.nan)}})
+        refuses(ValueError, "nan", load, state | {"norm.weight": torch.full((32,), math.nan)})
 
 
 def same_picture(path, image):
@@ -1457,38 +1382,28 @@ def test_sample_script():
     """Grids, alone and below each other, and an npz by one and by two processes."""
     root, trained = workshop(), sample.open_trained(trained_run(), None, False, 0, "cpu")
     drawing = ["runs/trained", "--classes", 3, 0, 3, "--cfg", 2, "--seed", 5, "--out", "grid.png"]
-    assert "cfg 2.0" in run(sample.main, *drawing)
+    run(sample.main, *drawing)
     pixels = sample.sample_images(trained.model, trained.vq, torch.tensor([3, 0, 3]), 5, cfg=2.0)
     single = sample.image_grid(pixels, 3, ["class3", "class0", "class3"])
     assert same_picture("grid.png", single)
     with replaced(root / "grid.png"):
         run(sample.main, "runs/trained", *drawing)
-    both = Image.open(root / "grid.png")
-    for bottom in (both.height // 2, both.height):  # a line of text stands above each
-        below = both.crop((0, bottom - single.height, single.width, bottom))
-        assert np.array_equal(np.asarray(below), np.asarray(single))
-    sample.save_samples(root / "spread.png", trained.model, trained.vq, 2, trained.classes, 0)
-    run(sample.main, "runs/trained", "--classes", 0, 2, "--out", "grid.png")
-    assert same_picture("spread.png", Image.open(root / "grid.png"))
+    assert same_picture("grid.png", sample.stacked([("trained", single)] * 2))
 
     settings = ["runs/trained", "--num-images", 10, "--batch", 3, "--ema", "--npz"]
     run(sample.main, *settings, "one")
-    for rank, there in ((1, 2), (0, 0)):  # the second process makes two of four parts, the first joins all
-        with patch.dict(os.environ, RANK=str(rank), WORLD_SIZE="2"):
+    for rank in "10":  # the second process makes two of four parts, the first joins all
+        with patch.dict(os.environ, RANK=rank, WORLD_SIZE="2"):
             run(sample.main, *settings, "two.npz")
-        assert len([*(root / ".two.npz.parts").glob("*")]) == there
     one, two = np.load(root / "one.npz"), np.load(root / "two.npz")
     assert np.array_equal(one["arr_0"], two["arr_0"]) and one["protocol"] == two["protocol"]
-    protocol = json.loads(str(one["protocol"]))
     teacher, _ = sample.load_model(trained_run() / "checkpoint.pt", ema=True)
-    assert protocol["weights"] == "ema" and protocol["step"] == 1
-    assert protocol["weights_digest"] == tokenizer.fingerprint(teacher)
+    assert json.loads(str(one["protocol"]))["weights_digest"] == tokenizer.fingerprint(teacher)
 
 
 def test_what_belongs_to_a_run_is_found():
     """Its tokenizer, beside it or named; its images."""
-    root, saved = workshop(), checkpoint(trained_run())
-    folder = scratch()
+    root, saved, folder = workshop(), checkpoint(trained_run()), scratch()
 
     def save(**config):
         torch.save(saved | {"config": config}, folder / "checkpoint.pt")
@@ -1498,8 +1413,6 @@ def test_what_belongs_to_a_run_is_found():
     pixels = tokenizer.held_out_pixels(our_images("val"), 16, 20)
     rows = torch.cat([pixels, tokenizer.reconstruct(our_vq(), pixels)]).numpy()
     assert same_picture("kept.png", sample.image_grid(rows, len(pixels)))
-    save(tokenizer="assets/none.pt")
-    refuses_all(sample.main, f"no tokenizer at assets/none.pt | {folder}")
     save(seed=1)
     refuses_all(sample.main, f"""
         add --vq        | {folder}
@@ -1509,16 +1422,14 @@ def test_what_belongs_to_a_run_is_found():
 
 def test_llamagens_files():
     """Files in the published format, random weights of the published structure."""
-    root = workshop()
     torch.manual_seed(0)
-    vq = tokenizer.VQModel(tokenizer.VQConfig()).eval()
+    vq, root = tokenizer.VQModel(tokenizer.VQConfig()).eval(), workshop()
     assert sum(p.numel() for p in vq.parameters()) == 71_883_403
-    for name, shape in {"quantize.embedding.weight": (16384, 8), "quantize.codebook_used": (65536,),
-                        "encoder.conv_blocks.4.attn.1.proj_out.weight": (512, 512, 1, 1),
+    for name, shape in {"encoder.conv_blocks.4.attn.1.proj_out.weight": (512, 512, 1, 1),
                         "encoder.conv_blocks.2.res.0.nin_shortcut.weight": (256, 128, 1, 1),
                         "encoder.conv_blocks.3.downsample.conv.weight": (256, 256, 3, 3),
                         "decoder.conv_blocks.0.res.2.conv1.weight": (512, 512, 3, 3)}.items():
-        assert vq.state_dict()[name].shape == shape, name
+        assert vq.get_parameter(name).shape == shape, name
     torch.save({"model": vq.state_dict()}, root / "vq_ds16.pt")
     net = model.Transformer(model.ModelConfig(*model.SIZES["nano"], num_tokens=4)).eval()
     torch.save({"model": net.state_dict(), "args": argparse.Namespace(image_size=32)}, root / "gpt.pt")
@@ -1585,7 +1496,8 @@ def test_probe_is_sgd_with_momentum_decay_and_a_falling_rate():
     correct, total = probe.evaluate(ours, 3 + x2[:, 3:4], labels2)  # moved: it must not normalise these anew
     for h, (rate, decay) in enumerate(settings[0].tolist()):
         linear = torch.nn.Linear(12, 4)
-        linear.weight.data.zero_(), linear.bias.data.zero_()
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
         plain = torch.nn.Sequential(torch.nn.BatchNorm1d(12, eps=1e-6, affine=False), linear)
         optimizer = torch.optim.SGD(linear.parameters(), rate, 0.9, weight_decay=decay)
         fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 + 0.5 * math.cos(math.pi * i / 9))
@@ -1596,8 +1508,6 @@ def test_probe_is_sgd_with_momentum_decay_and_a_falling_rate():
                 F.cross_entropy(plain(x[rows, 3]), labels[rows]).backward()
                 optimizer.step()
                 fall.step()
-        close("weights", ours.weight.unflatten(-1, (2, 4))[0, :, h], linear.weight.T)
-        close("bias", ours.bias.unflatten(-1, (2, 4))[0, 0, h], linear.bias)
         logits = plain.eval()(3 + x2[:, 3])
         close("loss", total[0, h], F.cross_entropy(logits, labels2, reduction="sum"))
         assert correct[0, h] == (logits.argmax(1) == labels2).sum()
@@ -1661,14 +1571,11 @@ def test_measure_averages_over_held_out_images():
     mean = torch.stack([weights.mean((0, 1)) for weights in maps])
     for kind, values in probe.attention_numbers(mean, 4).items():
         close(kind, results["attention"][kind], values)
-
     pixels, codes = probe.crops_and_codes(subject, rows)
     for crops, row in zip(pixels, rows):
         assert np.array_equal(crops[:2], tokenizer.ten_crops(subject.images.read(row), 16, 1.5)[[0, 3]])
         for crop, shift in zip(crops[2:], (0, 1, 2, 4, 8)):
             assert np.array_equal(crop[:, :16 - shift], crops[2][:, shift:])
-    again = tokenizer.encode_pixels(subject.vq, torch.tensor(pixels).flatten(0, 1))
-    close("codes", codes.reshape(35, 16), again)
     for i, shift in enumerate((1, 2, 4, 8)):
         close("changed codes", results["codes_changed"][shift], (codes[:, 3 + i] != codes[:, 2]).mean())
     pairs = [net(torch.tensor(codes[:, v, :-1]), null, layers=(2,)).hidden[2][:, 1::2] for v in (0, 1)]
@@ -1709,8 +1616,7 @@ def test_probe_script():
     path.parent.mkdir()
     path.write_text("old")
     with replaced(path):
-        text = run(probe.main, trained_run(), "--layers", "all", "--images", 4)
-    assert "trained, student weights, layer 2: linear probe" in text
+        run(probe.main, trained_run(), "--layers", "all", "--images", 4)
     one = json.loads(path.read_text())["runs"]["trained"]
     assert one["step"] == 1 and one["images"] == 4
     assert len(one["probe"]) == 36 and all(r["n"] == 4 for r in one["probe"])  # the held-out images
@@ -1753,10 +1659,8 @@ def test_fid_frechet_distance():
         root = scipy.linalg.sqrtm((s1 + 1e-12 * np.eye(40)) @ (s2 + 1e-12 * np.eye(40))).real
         oracle = np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * root)
         close(f"of {n} samples", fid.frechet_distance(mu1, s1, mu2, s2), oracle, 1e-4)
-        close("with itself", fid.frechet_distance(mu1, s1, mu1, s1), 0)
     refuses(ValueError, "40 39 features", fid.frechet_distance, mu1, s1, mu2[1:], s2[1:, 1:])
     refuses(ValueError, "negative eigenvalues", fid.frechet_distance, mu1, s1 - 9 * np.eye(40), mu2, s2)
-    refuses(ValueError, "finite", fid.frechet_distance, mu1 * np.nan, s1, mu2, s2)
 
 
 def test_fid_moments_scores_and_bias():
@@ -1788,14 +1692,11 @@ def test_fid_precision_recall_brute_force():
 
     for real, fake in ((rng.standard_normal((30, 3)), rng.standard_normal((21, 3)) * 0.6 + 0.4),
                        (rng.integers(0, 4, (25, 2)), rng.integers(0, 5, (30, 2)))):  # integers: many ties
-        for k, block in ((3, 500), (1, 7), (5, 30)):
+        for k, block in ((3, 500), (1, 7)):
             expected = inside(fake, real, k), inside(real, fake, k)
             close(f"k = {k}", fid.precision_recall(real, fake, k, block), expected)
     x = rng.standard_normal((20, 600)).astype(np.float32).repeat(5, 0)  # each image five times: radii of zero
     assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 100) == (0, 0)
-    wide, narrow = (fid.Statistics({}, scale * rng.standard_normal((30, 6)), scale) for scale in (1, 0.3))
-    row = fid.compare(wide, narrow)
-    assert row["precision"] == 1 > row["recall"] and row["IS"] == 0.3
 
 
 def test_fid_resize_adm():
@@ -1876,35 +1777,28 @@ def mean_features(pixels):
     return fid.Features(pool.float(), pool[:, :2].float(), x.mean((1, 2)).softmax(1))
 
 
-def test_fid_sides_and_statistics():
-    """npz and folder give the same pixels; no number depends on the batch; ADM's own statistics are used."""
-    folder, labels = scratch(), np.array([0, 1, 1, 2, 0, 0, 2, 2, 1, 0, 1])
+def test_fid_statistics():
+    """No number depends on the batch; a file's own statistics are used; no image is left out."""
+    path, labels = scratch() / "x.npz", np.array([0, 1, 1, 2, 0, 0, 2, 2, 1, 0, 1])
     pixels = np.random.default_rng(3).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{i:02d}.png")
-    np.savez_compressed(folder / "x.npz", arr_0=pixels, arr_1=labels)
-    side, flat = fid.npz_side(folder / "x.npz"), fid.open_samples(str(folder))
-    assert (np.concatenate(list(flat.batches(4))) == pixels[fid.mixed(11)]).all()
-    exact, p = mean_features(pixels), mean_features(pixels).probabilities.numpy()
-    with patch.object(fid, "SPLIT", 4):  # the shorter last split counts like the others
-        a, b = (fid.feature_statistics(side, mean_features, batch, 5) for batch in (1, 3))
-    for got in (a, b):
+    np.savez_compressed(path, arr_0=pixels, arr_1=labels)
+    exact = mean_features(pixels)
+    p = exact.probabilities.numpy()
+    for batch in (1, 3):
+        with patch.object(fid, "SPLIT", 4):  # the shorter last split counts like the others
+            got = fid.feature_statistics(fid.npz_side(path), mean_features, batch, 5)
         close("mean", got.moments["mu"], exact.pool.mean(0))
         close("spatial covariance", got.moments["sigma_s"], gaussian(exact.spatial.numpy())[1])
         close("agreement", got.agreement, np.mean(p.argmax(1) == labels))
         close("IS", got.score, np.mean([fid.inception_score(p[i:i + 4]) for i in (0, 4, 8)]))
         close("evenly spaced", got.features, exact.pool[[0, 2, 5, 7, 10]])
-    np.savez(folder / "x.npz", arr_0=pixels, mu=a.moments["mu"] + 1, sigma=a.moments["sigma"])
-    again = fid.feature_statistics(fid.npz_side(folder / "x.npz"), mean_features)
-    close("the file's mean", again.moments["mu"], a.moments["mu"] + 1)
-    for words, arrays in (("neither", dict(images=pixels)), ("float32", dict(arr_0=pixels.astype("f4"))),
-                          ("labels (3,)", dict(arr_0=pixels, arr_1=labels[:3])),
-                          ("finite", dict(mu=np.zeros(3), sigma=np.full((3, 3), np.nan))),
-                          ("allow_pickle", dict(arr_0=pixels, classes=np.array([None])))):  # could run code
-        np.savez(folder / "x.npz", **arrays)
-        refuses(ValueError, f"x.npz {words}", fid.npz_side, folder / "x.npz")
-    Image.new("RGB", (8, 9)).save(folder / "10.png")
-    refuses(ValueError, "different sizes --image-size", list, fid.open_samples(str(folder)).batches(4))
+    np.savez(path, arr_0=pixels, mu=got.moments["mu"] + 1, sigma=got.moments["sigma"])
+    again = fid.feature_statistics(fid.npz_side(path), mean_features)
+    close("the file's mean", again.moments["mu"], got.moments["mu"] + 1)
+    for words, arrays in (("float32", dict(arr_0=pixels.astype("f4"))),
+                          ("labels (3,)", dict(arr_0=pixels, arr_1=labels[:3]))):
+        np.savez(path, **arrays)
+        refuses(ValueError, f"x.npz {words}", fid.npz_side, path)
     many = fid.image_side(with_unreadable(3))
     refuses(ValueError, "no image out: 3.png", list, many.batches(50))  # though it is only one in 132
 
@@ -1920,22 +1814,15 @@ def test_fid_halves_and_floor():
         half, others = (fid.in_memory(side) for side in fid.real_halves(images, 16, None, counts))
         a, b, both = ([x.tobytes() for x in side.pixels] for side in (half, others, whole))
         assert sorted(a + b) == sorted(both) and len(a) == expected and b != sorted(b, key=both.index)
-    floor, rows = fid.the_floor(images, 16, our_vq(), 20), np.linspace(0, 43, 20).astype(int)
-    decoded = tokenizer.reconstruct(our_vq(), torch.from_numpy(whole.pixels[rows])).numpy()
-    order = fid.mixed(20)
-    assert (floor.pixels == decoded[order]).all() and (floor.labels == whole.labels[rows][order]).all()
-    inverted = replace(whole, batches=lambda batch: [255 - whole.pixels])
-    assert fid.in_memory(inverted).fingerprint != whole.fingerprint == fid.in_memory(whole).fingerprint
-    refuses(ValueError, "45 has 44", fid.the_floor, images, 16, our_vq(), 45)
+    floor, rows = fid.the_floor(images, 16, our_vq(), 20), np.linspace(0, 43, 20).astype(int)[fid.mixed(20)]
+    decoded = tokenizer.reconstruct(our_vq(), torch.from_numpy(whole.pixels[rows]))
+    assert (floor.pixels == decoded.numpy()).all() and (floor.labels == whole.labels[rows]).all()
 
 
 def test_fid_classifier():
-    """Of the training images alone, twice the same; its accuracy is that on others."""
-    for size in (8, 28, 250):
-        assert fid.Classifier(5, size).eval()(torch.zeros(1, 3, size, size))[1].shape == (1, 5)
-    side, held_out, cache, before = a_real_side(), a_real_side("val"), scratch(), torch.get_rng_state()
+    """Of the training images alone, twice the same, found again; its accuracy is that on others."""
+    side, held_out, cache = a_real_side(), a_real_side("val"), scratch()
     trained = fid.train_classifier(side, 12)
-    assert torch.equal(before, torch.get_rng_state())
     found = fid.classifier_extractor(trained)(held_out.pixels).probabilities
     logits = trained(tokenizer.to_float(torch.from_numpy(held_out.pixels)))[1]
     close("probabilities", found, logits.softmax(1))
@@ -1944,11 +1831,9 @@ def test_fid_classifier():
     network, line = fid.load_classifier(path, side)
     assert same(network.state_dict(), trained.state_dict())
     assert f"on 44 images of {side.name}" in line and "right on 75.0% of 4 held-out" in line
-    with patch.object(fid, "train_classifier", return_value=trained):  # the file is found, and not for others
+    with patch.object(fid, "train_classifier", return_value=trained):  # found again, but not for other pixels
         assert path == fid.find_classifier(side, held_out, 12, cache)
         assert path != fid.find_classifier(replace(side, fingerprint="other"), held_out, 12, cache)
-    others = replace(side, classes=[*"abcd"])
-    refuses(ValueError, f"{path.name} other classes", fid.load_classifier, path, others)
 
 
 def test_what_the_classifier_learns_from():
@@ -1956,12 +1841,11 @@ def test_what_the_classifier_learns_from():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)  # no two pixels alike
     side = replace(a_real_side(), pixels=np.stack([ramp, 255 - ramp]), labels=np.arange(2), count=2)
     padded = np.pad(side.pixels, ((0, 0), (2, 2), (2, 2), (0, 0)), "reflect")
-    known = {padded[label, y:y + 16, x:x + 16][:, ::flip].tobytes(): (label, y, x, flip)
+    known = {padded[label, y:y + 16, x:x + 16][:, ::flip].tobytes(): label
              for label in (0, 1) for y in range(5) for x in range(5) for flip in (1, -1)}
     pixels, labels = map(np.concatenate, zip(*fid.training_batches(side, 32, 32)))
-    found = [known[image.tobytes()] for image in pixels]
-    assert [label for label, *_ in found] == labels.tolist() and labels.mean() == 0.5
-    assert len({tuple(place) for _, *place in found}) == 50
+    seen = [image.tobytes() for image in pixels]
+    assert [known[image] for image in seen] == labels.tolist() and {*seen} == {*known}
 
 
 def scores(*argv):
@@ -1978,29 +1862,26 @@ def test_fid_scores_samples_halves_and_the_floor():
     np.savez(root / "few.npz", arr_0=side.pixels[:9])
     np.savez(root / "decoded.npz", arr_0=tokenizer.reconstruct(vq, torch.from_numpy(side.pixels)))
     (root / "scores.json").write_text("old")
-    real, tokens = ["--real", "images", "--features", "classifier"], ["--vq", "vq.pt"]
+    real = ["--real", "images", "--features", "classifier", "--vq", "vq.pt"]
     with replaced(root / "scores.json"):
-        told, rows = scores(*real, *tokens, "--classifier-steps", 10,
+        told, rows = scores(*real, "--classifier-steps", 10,
                             "--fake", "good.npz", "few.npz", "real-half", "reconstructions")
-    assert list(rows) == ["good.npz", "few.npz", "real-half", "reconstructions (the floor)"]
     good, few, half, floor = rows.values()
     assert abs(good["FD-c"]) < 1e-4 < floor["FD-c"]  # good.npz holds the training images themselves
+    assert few["precision-c"] == 1 > few["recall-c"]
     assert few["class agreement"] is None is half["class agreement"] and floor["class agreement"] <= 1
     path = re.search(r"classifier: (\S+);", told)[1]
     extract = fid.classifier_extractor(fid.load_classifier(root / path, side)[0])
-    halves = fid.real_halves(our_images(), 16, None, [44, 9])
-    nine, others = (fid.feature_statistics(some, extract) for some in halves)
-    for name, value in fid.compare(others, nine, "-c").items():
-        assert name == "class agreement" or abs(half[name] - value) < 1e-4, name
+    nine, others = (fid.feature_statistics(some, extract)
+                    for some in fid.real_halves(our_images(), 16, None, [44, 9]))
+    close("FD-c of a half", half["FD-c"], fid.compare(others, nine, "-c")["FD-c"], 1e-4)
     bias = fid.expected_distance(fid.feature_statistics(side, extract).moments["sigma"], 9, 35)
-    for words in ("the other 35 images", f"9 and 35 images, would be about {bias:.3f}", "not recorded",
-                  "on 44 images of images train (", "class0/00.png to class3/11.png"):
-        assert words in told, words
-    again, rows = scores(*real, *tokens, "--reference", "reconstructions", "--classifier", path,
-                         "--fake", "decoded.npz")
-    assert f"images train decoded by tokenizer {tokenizer.fingerprint(vq)}, 44 images" in again
+    assert f"9 and 35 images, would be about {bias:.3f}" in told
+    told, rows = scores(*real, "--reference", "reconstructions", "--classifier", path,
+                        "--fake", "decoded.npz")
     row = rows["decoded.npz"]  # the reference itself
     assert abs(row["FD-c"]) < 1e-4 and row["precision-c"] == row["recall-c"] == 1
+    assert f"images train decoded by tokenizer {tokenizer.fingerprint(vq)}, 44 images" in told
 
 
 def test_fid_of_two_folders_and_of_foreign_statistics():
@@ -2012,16 +1893,14 @@ def test_fid_of_two_folders_and_of_foreign_statistics():
         for i, image in enumerate(images):
             Image.fromarray(image).save(root / folder / f"{i}.png")
     extract = fid.inception_extractor(fid.load_inception(weights, "")[0], "pytorch-fid")
-    (mu1, s1), (mu2, s2) = (gaussian(extract(images).pool.double().numpy()) for images in pixels)
-    settings = ["--weights", "inception.pth", "--resize", "pytorch-fid", "--fake", "b"]
-    told, rows = scores("--real", "a", *settings, "--save-stats", "ours.npz")
-    close("FID", rows["b"]["FID"], fid.frechet_distance(mu1, s1, mu2, s2), 1e-4)
-    assert "real: a, 4 images of 9 x 8" in told
-    np.savez(root / "theirs.npz", mu=mu1, sigma=s1)
-    told, again = scores("--real", "theirs.npz", *settings)
-    close("FID", again["b"]["FID"], rows["b"]["FID"], 1e-4)
-    assert "those of pytorch-fid" in told and again["b"]["precision"] is None
-    refuses(ValueError, "ours.npz resize", run, fid.main, "--real", "ours.npz", *settings[:2], "--fake", "b")
+    real, fake = (gaussian(extract(images).pool.double().numpy()) for images in pixels)
+    np.savez(root / "theirs.npz", mu=real[0], sigma=real[1])
+    settings = ["--weights", "inception.pth", "--fake", "b"]
+    for name, words in (("a", "real: a, 4 images of 9 x 8"), ("theirs.npz", "those of pytorch-fid")):
+        told, rows = scores("--real", name, *settings, "--resize", "pytorch-fid", "--save-stats", "ours.npz")
+        close(f"FID to {name}", rows["b"]["FID"], fid.frechet_distance(*real, *fake), 1e-4)
+        assert words in told
+    refuses(ValueError, "ours.npz resize", run, fid.main, "--real", "ours.npz", *settings)
 
 
 def test_fid_likely_mistakes():
@@ -2075,24 +1954,19 @@ def test_damaged_files_are_refused():
     np.savez(root / "samples.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=np.arange(4))
     torch.save({"model": Hostile()}, root / "hostile.pt")
     hostile = (root / "hostile.pt").read_bytes()
-    trained, resume = "runs/trained", "--name trained --resume"
-    scoring = "--real images --image-size 8 --fake samples.npz"
-    for file, readers in {
-        folder / "checkpoint.pt": {sample.main: trained, probe.main: trained, train.main: resume},
-        folder / "tokenizer.pt": {sample.main: trained, train.main: resume},
-        cache / "tokens.npy": {probe.main: trained, train.main: resume},
-        root / "samples.npz": {fid.main: scoring},
-    }.items():
+    for file, words, main, arguments in (
+        (folder / "checkpoint.pt", "checkpoint.pt", sample.main, "runs/trained"),
+        (folder / "checkpoint.pt", "checkpoint.pt", train.main, "--name trained --resume"),
+        (folder / "tokenizer.pt", "tokenizer.pt", train.main, "--name trained --resume"),
+        (cache / "tokens.npy", cache.name, probe.main, "runs/trained"),
+        (root / "samples.npz", "samples.npz", fid.main, "--real images --image-size 8 --fake samples.npz"),
+    ):
         whole = file.read_bytes()
         for damaged in (b"", whole[:len(whole) // 2], b"not at all\n", hostile):
             file.write_bytes(damaged)
-            for main, arguments in readers.items():
-                words = cache.name if file.parent.name == cache.name else file.name
-                refuses_all(main, f"{words} | {arguments}")
+            refuses_all(main, f"{words} | {arguments}")
         file.write_bytes(whole)
     assert not (root / "ran").exists()
-    torch.load(root / "hostile.pt", weights_only=False)  # carelessly
-    assert (root / "ran").exists()
 
 
 def test_a_mistake_is_one_line_on_the_screen():
@@ -2110,15 +1984,15 @@ def test_a_mistake_is_one_line_on_the_screen():
 def test_table_of_results():
     """Three invented lines: means with half intervals by Student's t, and differences seed by seed."""
     made = runpy.run_path(str(HERE / "results" / "table.py"))  # which reads the real runs and writes nothing
-    lines = {"AR": {0: 1.0, 1: 2.0, 2: 6.0}, "**ST-AR**": {0: 2.5, 2: 9.5}}
-    columns = {"score": (lambda line: 10 * line, 1), "letter": (lambda line: "A", None)}
+    lines = {"AR": {0: 1.0, 1: 2.0, 2: 6.0}, "ST-AR": {0: 2.5, 2: 9.5}}
+    text = made["table"](lines, {"score": (lambda line: 10 * line, 1)}, "AR")
     share = 0.975
     t = (2 * share - 1) / math.sqrt(2 * share * (1 - share))  # its quantile for two degrees of freedom
-    half = t * math.sqrt((20 ** 2 + 10 ** 2 + 30 ** 2) / 2) / math.sqrt(3)  # around the mean of 30
-    rows = [line.strip("| ").split(" | ") for line in made["table"](lines, columns, "AR").splitlines()]
-    assert rows[2:] == [["AR", "3", f"30.0 ± {half:.1f}", "AAA"], ["**ST-AR**", "2", "25.0, 95.0", "AA"],
-                        ["*ST-AR, less AR*", "2", "+15.0, +35.0"]], rows
-    assert made["cell"]([7.0], 2) == "7.00" and made["cell"]([7.0, math.nan], 2) == ""
+    half = t * math.sqrt((20 ** 2 + 10 ** 2 + 30 ** 2) / 2 / 3)  # around the mean of 30
+    for row in (f"| AR | 3 | 30.0 ± {half:.1f} |", "| ST-AR | 2 | 25.0, 95.0 |",
+                "| *ST-AR, less AR* | 2 | +15.0, +35.0 |"):
+        assert row in text.splitlines(), text
+    assert made["cell"]([7.0, math.nan], 2) == ""
 
 
 # ---- Documents ---------------------------------------------------------------------------------------------
@@ -2127,33 +2001,23 @@ DOCUMENTS = {path: path.read_text("utf-8") for path in sorted({*HERE.glob("*.md"
 SCRIPTS = "fid|losses|model|probe|sample|tokenizer|train"
 
 
-def anchors(text):
-    """What #links may point to: the headings, as GitHub writes them."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
-    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
-
-
 def test_documents_name_what_exists():
-    """Every function `script.name`, every file and heading that is linked, every flag of a command."""
+    """Every function `script.name`, every file that is linked, every flag of a command."""
     texts = DOCUMENTS | {HERE / "losses.py": losses.__doc__, HERE / "probe.py": probe.__doc__}
     for path, text in texts.items():
         for script, name in re.findall(rf"(?:`|  )({SCRIPTS})\.(?!py|pt|json)(\w+)", text):
             assert hasattr(sys.modules[script], name), f"{path.name}: there is no {script}.{name}"
-        for link in re.findall(r"\]\(([^):]+)\)", text):
-            file, _, heading = link.partition("#")
-            target = path.parent / file if file else path
-            assert target.exists(), f"{path.name}: no file {link}"
-            assert not heading or heading in anchors(DOCUMENTS[target.resolve()]), f"{path.name}: no {link}"
+        for link in re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", text):
+            assert (path.parent / link).exists(), f"{path.name}: no file {link}"
     for script in ("fid", "probe", "sample", "tokenizer", "train"):
         said = io.StringIO()
-        for command in ([], ["train"]) if script == "tokenizer" else ([],):
-            with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-                sys.modules[script].main([*command, "--help"])
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            sys.modules[script].main(["--help"])
         known = set(re.findall(r"--[\w-]+", said.getvalue()))
         for path, text in DOCUMENTS.items():
             for words in re.findall(rf"{script}\.py((?: \\\n|[^`\n#|;&])*)", text):
-                for flag in re.findall(r"--[a-z][\w-]*", words):
-                    assert flag in known, f"{path.name}: {script}.py has no {flag}"
+                unknown = set(re.findall(r"--[a-z][\w-]*", words)) - known
+                assert not unknown, f"{path.name}: {script}.py has no {unknown}"
 
 
 def test_exercises_fit_the_code():
@@ -2215,7 +2079,7 @@ def cuda_test_all_gpus_equal_the_cpu():
     trained_run()
     processes = max(n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count())
     settings = [*SMALL, "--device", "cuda", "--name", "nccl", "--steps", 1]
-    finish(launch("train.py", *settings, processes=processes))
+    assert finish(launch("train.py", *settings, processes=processes))
     for name, value in metrics("trained")[0].items():
         if "loss" in name or name == "negatives":
             close(name, metrics("nccl")[0][name], value, 0.02)
@@ -2223,32 +2087,7 @@ def cuda_test_all_gpus_equal_the_cpu():
 
 # ---- Stress: python test_all.py --stress -------------------------------------------------------------------
 
-def killed(folder, world, seconds, script, *argv):
-    """Run a script as `world` processes, which must succeed; after so many seconds kill all and return True.
-
-    They find each other without torchrun, which would not take its processes along.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), OMP_NUM_THREADS="1",
-                     WORLD_SIZE=str(world))
-    command, processes, end = [sys.executable, HERE / script, *words_for_cpu(argv)], [], time.time() + seconds
-    for rank in map(str, range(world)):
-        with open(folder / f"log-{rank}", "w") as log:
-            processes.append(subprocess.Popen(command, cwd=folder, stdout=log, stderr=log,
-                                              env=os.environ | place | dict(RANK=rank, LOCAL_RANK=rank)))
-    while None in (codes := [process.poll() for process in processes]) or any(codes):
-        assert not any(codes), "".join(log.read_text()[-2000:] for log in folder.glob("log-*"))
-        if time.time() > end:
-            for process in processes:
-                process.kill()
-                process.wait()
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def job(world, moments=()):
+def job(processes, moments=()):
     """Tokenizer, codes, training and samples, killed after each of these seconds: what is left, and kills."""
     folder, kills = scratch(), 0
     training = ["train.py", *TINY, "--name", "job", "--data", workshop() / "images", "--codes", 64,
@@ -2257,12 +2096,13 @@ def job(world, moments=()):
     for command in (training, sampling):
         for seconds in [*moments, math.inf]:
             begun = command is training and (folder / "runs/job/checkpoint.pt").exists()
-            if not killed(folder, world, seconds, *command, *["--resume"] * begun):
+            end = time.time() + seconds
+            started = launch(*command, *["--resume"] * begun, processes=processes, folder=folder)
+            if finish(started, lambda: time.time() > end):
                 break
             kills += 1
     states, lines = checkpoint(folder / "runs/job"), metrics(folder / "runs/job")
-    left = [states[key] for key in ("model", "ema", "projector", "optimizer", "step", "data")]
-    left += [line | {"tokens_per_second": 0} for line in lines]  # all but the clock
+    left = [states[key] for key in STATE] + [line | {"tokens_per_second": 0} for line in lines]
     with np.load(folder / "job.npz") as file:
         return left + [file[key].tolist() for key in file.files], kills
 
@@ -2270,61 +2110,53 @@ def job(world, moments=()):
 def stress_killed_thirty_times():
     """Weights, metrics and samples of a job that is killed again and again are those of one left in peace."""
     rng, kills = np.random.default_rng(0), 0
-    for world in (1, 2):
+    for processes in (1, 2):
         start = time.time()
-        whole, _ = job(world)
+        whole, _ = job(processes)
         seconds = time.time() - start
-        while kills < 15 * world:
-            left, more = job(world, rng.uniform(0, seconds, 8))
-            assert same(left, whole), f"{world} process(es), {more} kills"
+        while kills < 15 * processes:
+            left, more = job(processes, rng.uniform(0, seconds, 8))
+            assert same(left, whole), f"{processes} process(es), {more} kills"
             kills += more
     return f"{kills} kills of jobs of 1 and 2 processes, all ended bit-identical"
 
 
 def stress_one_two_and_four_processes():
-    """50 steps of the same global batch: losses, and the way of all weights and of the teacher's, to 1e-4."""
-    lines, ends = [], []
-    for name in (f"world-{world}" for world in (1, 2, 4)):
+    """50 steps of the same global batch: all losses to 1e-4."""
+    for name in ("world-1", "world-2", "world-4"):
         settings = [*SMALL, "--steps", 50, "--save-every", 50, "--name", name]
-        killed(workshop(), int(name[-1]), math.inf, "train.py", *settings)
-        lines.append(metrics(name))
-        ends.append(checkpoint(name))
-    torch.manual_seed(0)  # as train.py begins
-    start = model.Transformer(model.ModelConfig(**ends[0]["model_config"])).state_dict()
-    worst = {}
-    for kind in ("model", "ema"):
-        first, *others = (torch.cat([(end[kind][name] - start[name]).flatten() for name in start])
-                          for end in ends)
-        worst[kind] = max((other - first).norm().item() for other in others) / first.norm().item()
-    worst["losses"] = max(abs(b[name] - a[name]) / abs(a[name]) for other in lines[1:]
-                          for a, b in zip(lines[0], other, strict=True) for name in a if "loss" in name)
-    assert max(worst.values()) < 1e-4, worst
-    return f"largest relative differences over 50 steps: {worst}"
+        assert finish(launch("train.py", *settings, processes=int(name[-1])))
+    worst = max(abs(b[name] / a[name] - 1)
+                for other in ("world-2", "world-4")
+                for a, b in zip(metrics("world-1"), metrics(other), strict=True)
+                for name in a if "loss" in name)
+    assert worst < 1e-4, worst
+    return f"largest relative difference of a loss in 50 steps: {worst}"
 
 
 # ---- The runner --------------------------------------------------------------------------------------------
 
 def main():
-    words, failed, skipped = [word for word in sys.argv[1:] if word != "--stress"], [], []
+    words, failed, skipped = [word for word in sys.argv[1:] if word != "--stress"], 0, 0
     kinds = "stress_" if "--stress" in sys.argv else ("test_", "cuda_test_")
-    tests = {name: test for name, test in globals().items()
-             if name.startswith(kinds) and any(word in name for word in words or [""])}
-    for name, test in tests.items():
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            skipped.append(name)
+    tests = [test for name, test in globals().items()
+             if name.startswith(kinds) and any(word in name for word in words or [""])]
+    for test in tests:
+        if test.__name__.startswith("cuda") and not torch.cuda.is_available():
+            skipped += 1
             continue
         start, printed, found, result = time.time(), io.StringIO(), None, "ok    "
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                 found = test()
         except (Exception, SystemExit):
-            failed.append(name)
+            failed += 1
             result, found = "FAILED", f"{printed.getvalue()[-2000:]}\n{traceback.format_exc()}"
-        title = name.partition("_")[2].replace("_", " ")
+        title = test.__name__.partition("_")[2].replace("_", " ")
         print(f"{result} {time.time() - start:5.1f} s  {title}", *[found] * bool(found), sep="\n", flush=True)
     if skipped:
-        print(f"no GPU here: {len(skipped)} test(s) skipped")
-    print(f"{len(tests) - len(failed) - len(skipped)} passed, {len(failed)} failed")
+        print(f"no GPU here: {skipped} test(s) skipped")
+    print(f"{len(tests) - failed - skipped} passed, {failed} failed")
     sys.exit(bool(failed))
 
 
