@@ -27,20 +27,20 @@ import tempfile
 import threading
 import time
 import traceback
-import tracemalloc
-import warnings
 import zipfile
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fid
 import losses
@@ -52,6 +52,8 @@ import train
 
 HERE = Path(__file__).resolve().parent
 
+
+# ---- What the tests share ----------------------------------------------------------------------------------
 
 def scratch():
     """A new, empty folder, removed when the tests end."""
@@ -69,11 +71,11 @@ def close(what, seen, expected, tolerance=1e-5):
     assert apart.max() <= tolerance, f"{what}: seen {a:.6g}, expected {b:.6g}"
 
 
-def refuses(error, words, call, *args, **kwargs):
-    """Assert that call(...) raises `error` in one line that contains all `words`."""
+def refuses(words, call, *args, **kwargs):
+    """Assert that call(...) raises what a script ends with, in one line that contains all `words`."""
     try:
         call(*args, **kwargs)
-    except error as caught:
+    except (ValueError, OSError, SystemExit) as caught:
         text = str(caught)
         assert text and "\n" not in text and all(word in text for word in words.split()), (words, text)
     else:
@@ -107,27 +109,53 @@ def run(main, *argv):
         os.chdir(place)
 
 
-def launch(name, *argv, processes=1):
-    """Start a script in the workshop as a process, or several by torchrun; none outlives the tests."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *torchrun * (processes > 1), HERE / name, *words_for_cpu(argv)]
-    process = subprocess.Popen(command, cwd=workshop(), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    atexit.register(process.terminate)  # nothing happens if it has ended
-    return process
+PATIENCE = 300  # seconds for a launched script to do what a quiet machine does in ten
 
 
-def finish(process):
-    """Wait for a launched script, which must succeed."""
-    err = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 0, err[-3000:]
+def launch(script, *argv, processes=1, folder=None):
+    """Start a script in the workshop or a folder, as so many processes; none outlives the tests."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started, command = [], [sys.executable, HERE / script, *words_for_cpu(argv)]
+    for rank in map(str, range(processes)):  # as torchrun would, which takes longer
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(processes), RANK=rank,
+                     LOCAL_RANK=rank, OMP_NUM_THREADS="1")
+        started.append(subprocess.Popen(command, cwd=folder or workshop(), env=os.environ | place, text=True,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+        atexit.register(started[-1].kill)  # nothing happens if it has ended
+    return started
+
+
+def finish(processes, enough=None):
+    """Whether launched processes come to their end, as they must, well and in time; `enough()` kills them."""
+    end = time.time() + PATIENCE
+    while None in (codes := [process.poll() for process in processes]) and not any(codes):
+        assert time.time() < end, "it takes too long"
+        if enough and enough():
+            for process in processes:
+                process.kill()
+                process.wait()
+            return False
+        time.sleep(0.01)
+    assert not any(codes), "".join(process.stderr.read()[-2000:] for process in processes if process.poll())
+    return True
 
 
 def refuses_all(main, table, *before):
     """For each line of `table`, "words | arguments": main refuses `before` and the arguments, so worded."""
     for line in table.strip().splitlines():
         words, _, arguments = line.partition("|")
-        refuses((ValueError, OSError, SystemExit), words, run, main, *before, *arguments.split())
+        refuses(words, run, main, *before, *arguments.split())
+
+
+@contextlib.contextmanager
+def replaced(*paths):
+    """Assert that new files take the place of these meanwhile: none is written in place, and so torn."""
+    before = [path.stat().st_ino for path in paths]
+    yield
+    for path, old in zip(paths, before):
+        assert path.stat().st_ino != old, f"{path} was written in place"
 
 
 def tiny_model(seed=0, **changes):
@@ -153,19 +181,40 @@ def write_images(root, classes=4, each=12, size=32, seed=0):
             tokenizer.draw_shape(label, (seed, label, i), size).save(root / f"class{label}" / f"{i:02d}.png")
 
 
+VQ_64 = replace(tokenizer.VQ_DS4, codebook_size=64)
+
+
 @lru_cache(maxsize=1)
 def workshop():
     """A folder with 48 images in 4 classes and a barely trained tokenizer, made once for all tests."""
     root = scratch()
     write_images(root / "images")
-    config = tokenizer.replace(tokenizer.VQ_DS4, codebook_size=64)
-    vq = tokenizer.train_tokenizer(tokenizer.open_images(root / "images"), 16, config, steps=60, batch=8)
+    vq = tokenizer.train_tokenizer(tokenizer.open_images(root / "images"), 16, VQ_64, steps=60, batch=8)
     tokenizer.save_tokenizer(root / "vq.pt", vq)
     return root
 
 
+def our_images(split="train"):
+    """The workshop's images: 44 to train on, 4 held out."""
+    return tokenizer.open_images(workshop() / "images", split)
+
+
+def our_vq():
+    """The workshop's tokenizer: 64 codes, each for 4 x 4 pixels."""
+    return tokenizer.load_tokenizer(workshop() / "vq.pt")
+
+
+def with_unreadable(*bad):
+    """132 images, of which those numbered in `bad` cannot be read."""
+    images = our_images()
+
+    def read(i):
+        return tokenizer.decode_image(b"", f"{i}.png") if i in bad else images.read(i % 44)
+    return replace(images, names=images.names * 3, labels=np.tile(images.labels, 3), read=read)
+
+
 TINY = ["--preset", "nano", "--image-size", "16", "--batch", "8", "--dropout", "0", "--warmup", "0",
-        "--log-every", "1", "--eval-images", "4", "--samples", "2"]
+        "--log-every", "1", "--eval-images", "4", "--samples", "2", "--seed", "7"]
 SMALL = [*TINY, "--data", "images", "--tokenizer", "vq.pt"]
 
 
@@ -207,6 +256,7 @@ def same(a, b):
     return a == b
 
 
+
 # ---- tokenizer.py ------------------------------------------------------------------------------------------
 
 def pack(folder, path, top=""):
@@ -234,194 +284,102 @@ def tiny_imagenet(root):
 
 
 def test_reader_layouts():
+    """Class folders, train and val however they are spelt and nested, Tiny ImageNet as a folder or a zip."""
     root = scratch()
     write_images(root / "plain")
     train_set, val = splits(root / "plain")
     assert len(train_set) == 44 and not set(train_set.names) & set(val.names)
-    assert val.labels.tolist() == [0, 1, 2, 3] and val.classes == [f"class{i}" for i in range(4)]
-    write_images(root / "plain" / ".hidden", classes=1)
-    assert tokenizer.open_images(root / "plain").fingerprint == train_set.fingerprint
-    for names in (("Train", "Val"), ("training", "testing"), ("train", "valid"), ("train", "validation")):
+    assert val.labels.tolist() == [0, 1, 2, 3]
+    for names in (("Train", "Val"), ("training", "testing")):
         for name, each in zip(names, (3, 2)):
-            write_images(root / "_".join(names) / "a" / "b" / name, each=each)
-        assert list(map(len, splits(root / "_".join(names)))) == [12, 8], names
-    packed = tokenizer.open_images(pack(tiny_imagenet(root / "tiny"), root / "tiny.zip", "./t/"), "val")
-    val = tokenizer.open_images(root / "tiny", "val")
-    assert packed.names == val.names and packed.classes == ["goldfish", "lion"] == val.classes
-    assert packed.labels.tolist() == [1, 0] == val.labels.tolist()
-    assert packed.read(0).mode == "RGB" and packed.read(0).size == (20, 30)
-    assert "4 training and 2 held-out images of 2 classes" in packed.summary, packed.summary
-    for number, place in enumerate(("val/class{}", "val/images/class{}", "val/class{}/images")):
-        copy = shutil.copytree(root / "tiny", root / f"sorted{number}")  # and the annotations stay
-        for i in range(2):
-            target = copy / place.format(1 - i)
-            target.mkdir(parents=True, exist_ok=True)
-            (copy / "val" / "images" / f"v{i}.JPEG").rename(target / f"v{i}.JPEG")
-        assert sorted(tokenizer.open_images(copy, "val").labels) == [0, 1], place
+            write_images(root / names[0] / "around" / name, each=each)
+        assert list(map(len, splits(root / names[0]))) == [12, 8], names
+    folder = tiny_imagenet(root / "tiny")
+    for source in (folder, pack(folder, root / "tiny.zip", "./t/")):
+        val = tokenizer.open_images(source, "val")
+        assert val.classes == ["goldfish", "lion"] and val.labels.tolist() == [1, 0]
+        assert val.read(0).mode == "RGB" and val.read(0).size == (20, 30)
 
 
 def test_reader_is_not_fooled():
     """Nothing that lies where it cannot be used is passed over in silence."""
-    def imagenet(root):
-        write_images(root / "train", each=2)
-        return root
-
-    root = scratch()
-    for words, folders in (("48 images val/ sort", ["train/class0", "train/class1", "val"]),
-                           ("48 images Test/ sort", ["train/class0", "train/class1", "Test"]),
+    root, classes = scratch(), workshop() / "images"
+    for words, folders in (("12 images val/ sort", ["train/class0", "train/class1", "val"]),
                            ("class 'class2' no training", ["train/class0", "train/class1", "val/class2"]),
                            ("train and val class folders", ["train", "val"]),
-                           ("cars_test and cars_train class folders", ["cars_train/a", "cars_test/a"]),
-                           ("test class folders", ["cat", "dog", "test"]),
-                           ("seg_test and seg_train", ["seg_train/cat", "seg_test/cat", "seg_pred"]),
-                           ("one image of each class", [])):
-        place = root / words.replace(" ", "-").replace("/", "")
-        write_images(place / "source", classes=1, each=48)
+                           ("test class folders", ["cat", "dog", "test"])):
         for folder in folders:
-            shutil.copytree(place / "source" / "class0", place / "data" / folder)
-        write_images(place / "data", each=not folders)
-        refuses(ValueError, words, tokenizer.open_images, place / "data")
-    write_images(root / "cifar" / "train", classes=1, each=2)  # a class named train, as CIFAR-100 has
-    (root / "cifar" / "train" / "class0").rename(root / "trains")
-    shutil.rmtree(root / "cifar")
-    write_images(root / "cifar", classes=2, each=2)
-    (root / "trains").rename(root / "cifar" / "train")
-    assert tokenizer.open_images(root / "cifar").classes == ["class0", "class1", "train"]
-    (tiny_imagenet(root / "tiny") / "val" / "images" / "v1.JPEG").unlink()
-    refuses(ValueError, "v1.JPEG does not hold", tokenizer.open_images, root / "tiny")
-    (root / "cifar" / "class0" / "gone.png").symlink_to(root / "nowhere")
-    refuses(OSError, "gone.png", tokenizer.open_images, root / "cifar")
+            shutil.copytree(classes / "class0", root / words[:5] / folder)
+        refuses(words, tokenizer.open_images, root / words[:5])
+    write_images(root / "single", each=1)
+    refuses("one image of each class", tokenizer.open_images, root / "single")
     (root / "half.zip").write_bytes(b"PK\3\4 and then the connection broke")
-    refuses(ValueError, "half.zip whole zip", tokenizer.open_images, root / "half.zip")
-    refuses(FileNotFoundError, "does not exist", tokenizer.open_images, root / "nowhere")
+    refuses("half.zip whole zip", tokenizer.open_images, root / "half.zip")
 
 
 def test_subset_equals_a_pack_of_these_classes():
     """Same names, labels and fingerprints whether classes are chosen by a list or by packing them alone."""
     root = scratch()
-    for part, each in (("train", 4), ("val", 2)):
-        write_images(root / "all" / part, each=each)
-        write_images(root / "few" / part, each=each)
-        for other in ("class0", "class2"):
-            shutil.rmtree(root / "few" / part / other)
+    write_images(root / "few")
+    everything = pack(root / "few", root / "all.zip")
+    for other in ("class0", "class2"):
+        shutil.rmtree(root / "few" / other)
     (root / "list.txt").write_bytes(b"\xef\xbb\xbfclass3\r\n\r\n class1 \r\nclass3")  # as Windows writes it
-    zipped = pack(root / "few", root / "few.zip"), pack(root / "all", root / "all.zip")
-    for a, b in zip(splits(zipped[0]), splits(zipped[1], root / "list.txt")):
-        assert a.names == b.names and a.fingerprint == b.fingerprint and np.array_equal(a.labels, b.labels)
-        assert b.classes == ["class1", "class3"] and "of 2 classes (of 4: those in" in b.summary
-    (root / "wrong.txt").write_text("class1\ndog\n")
-    refuses(ValueError, "wrong.txt 'dog' no images", splits, root / "all", root / "wrong.txt")
-
-
-def test_another_image_another_fingerprint():
-    root = scratch()
-    write_images(root / "a", each=3)
-    before = tokenizer.open_images(root / "a")
-    relpath = os.path.relpath
-    windows = patch.object(os.path, "relpath", lambda *paths: relpath(*paths).replace("/", "\\"))
-    with windows, patch.object(os, "sep", "\\"):
-        assert tokenizer.open_images(root / "a").names == before.names
-    zipped = tokenizer.open_images(pack(root / "a", root / "a.zip")).fingerprint
-    picture = root / "a" / before.names[0]
-    picture.write_bytes(picture.read_bytes()[:-1] + b"!")
-    assert tokenizer.open_images(pack(root / "a", root / "a.zip")).fingerprint != zipped  # by its checksum
-    picture.write_bytes(picture.read_bytes() + b"!")
-    assert tokenizer.open_images(root / "a").fingerprint != before.fingerprint  # by its size
-    before = tokenizer.open_images(tiny_imagenet(root / "tiny"), "val").fingerprint
-    (root / "tiny" / "val" / "val_annotations.txt").write_text("v0.JPEG\tclass0\nv1.JPEG\tclass1\n")
-    assert tokenizer.open_images(root / "tiny", "val").fingerprint != before  # by its labels
+    few = splits(pack(root / "few", root / "few.zip"))
+    for a, b in zip(few, splits(everything, root / "list.txt")):
+        assert a.fingerprint == b.fingerprint and b.classes == ["class1", "class3"]
 
 
 def test_pictures_of_every_kind():
-    """EXIF, also broken; 16-bit grey; what could run a program or fill the memory stays closed."""
-    def decode(image, kind, **options):
-        file = io.BytesIO()
-        image.save(file, kind, **options)
-        return np.asarray(tokenizer.decode_image(file.getvalue(), "x"))
-
-    pixels = np.zeros((8, 16, 3), np.uint8)
-    pixels[:, :8] = 255  # white on the left
-    lying = Image.Exif()
+    """Upright as EXIF says; what could run a program or fill the memory stays closed."""
+    picture, lying, file = Image.new("RGB", (16, 8)), Image.Exif(), io.BytesIO()
+    picture.paste("white", (0, 0, 8, 8))  # on the left
     lying[0x0112] = 6  # to be turned by 90 degrees to the right: white on top
-    turned = decode(Image.fromarray(pixels), "JPEG", exif=lying, quality=95)
+    picture.save(file, "JPEG", exif=lying, quality=95)
+    turned = np.asarray(tokenizer.decode_image(file.getvalue(), "x"))
     assert turned.shape == (16, 8, 3) and turned[:7].min() > 240 and turned[9:].max() < 15
-    for kind, start in (("PNG", b""), ("JPEG", b"Exif\0\0"), ("WEBP", b"")):
-        broken = decode(Image.fromarray(pixels), kind, exif=start + b"\0\x08\0\x02\1\x12\0\3", quality=95)
-        assert broken.shape == (8, 16, 3) and broken[4, 2].min() > 240, kind
-    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
-    for kind in ("PNG", "TIFF"):
-        assert np.array_equal(decode(Image.fromarray(deep), kind)[..., 0].ravel(), np.arange(256)), kind
     bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0\1\0\0" * 2 + b"\1\0\0\0\0"  # 65536 x 65536
     for name, data in (("empty", b""), ("bomb", bomb), ("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n")):
-        refuses(ValueError, f"{name} readable image", tokenizer.decode_image, data, name)
+        refuses(f"{name} readable image", tokenizer.decode_image, data, name)
 
 
 def test_unreadable_images_are_left_out_and_told():
-    root = scratch()
-    write_images(root / "images", classes=2, each=100, size=16)
-    images = tokenizer.open_images(root / "images")
-    bad = images.names[3]
-    (root / "images" / bad).write_bytes(b"\x89PNG and no more")
-    vq, images = tokenizer.load_tokenizer(workshop() / "vq.pt"), tokenizer.open_images(root / "images")
-    found = []
-    said = heard(lambda: found.append(tokenizer.token_cache(images, vq, 16, (), root)))
-    assert found[0].labels[3] == -1 and (found[0].labels >= 0).sum() == 179
-    assert "1 train images are left out" in said and bad in said
-    assert [p is None for p in tokenizer.read_pixels(images, range(5), np.asarray)] == [0, 0, 0, 1, 0]
-    assert len(images.unreadable) == 1 and bad in heard(tokenizer.tell_unreadable, images)
-    (root / "images" / images.names[7]).write_bytes(b"")
-    refuses(ValueError, "1 % of the 180 images", tokenizer.read_pixels, images, range(9), np.asarray)
-    zipped = bytearray(pack(root / "images", root / "a.zip").read_bytes())
-    zipped[zipped.index(images.names[0].encode()) + 60] ^= 1
-    (root / "a.zip").write_bytes(zipped)
-    refuses(ValueError, f"a.zip/{images.names[0]} damaged", tokenizer.open_images(root / "a.zip").read, 0)
+    images, found = with_unreadable(3), []
+    said = heard(lambda: found.append(tokenizer.token_cache(images, our_vq(), 16, (), scratch())))
+    assert np.flatnonzero(found[0].labels < 0).tolist() == [3]
+    assert "1 train images are left out" in said and images.names[3] in said
+    assert "3.png" in heard(tokenizer.tell_unreadable, images)
+    refuses("1 % of the 132 images", tokenizer.read_pixels, with_unreadable(3, 7), range(9),
+            np.asarray)
 
 
 def test_shapes_are_a_function_of_their_index():
     a, b = tokenizer.open_images("shapes"), tokenizer.open_images("shapes")
-    assert len(a.classes) >= 10 and a.fingerprint == b.fingerprint
     assert np.array_equal(a.read(17), b.read(17)) and not np.array_equal(a.read(17), a.read(29))
     assert not np.array_equal(a.read(0), tokenizer.open_images("shapes", "val").read(0))
 
 
 def test_crops():
-    rng = np.random.default_rng(0)
-    p = rng.integers(256, size=(281, 281, 3), dtype=np.uint8)
+    """LlamaGen's ten; the centre of wide and of tall images; ADM halves large ones by means of 2 x 2."""
+    p = np.random.default_rng(0).integers(256, size=(281, 281, 3), dtype=np.uint8)
     crops = tokenizer.ten_crops(Image.fromarray(p), 256, 1.1)
     assert crops.shape == (10, 256, 256, 3)
-    assert np.array_equal(crops[0], p[:256, :256]) and np.array_equal(crops[3], p[25:, 25:])
-    assert np.array_equal(crops[1], p[:256, 25:]) and np.array_equal(crops[2], p[25:, :256])
-    assert np.array_equal(crops[4], p[12:268, 12:268])  # 12.5 is rounded half to even
+    for crop, (y, x) in zip(crops, ((0, 0), (0, 25), (25, 0), (25, 25), (12, 12))):  # 12.5 is rounded to even
+        assert np.array_equal(crop, p[y:y + 256, x:x + 256])
     assert np.array_equal(crops[5], crops[1][:, ::-1])  # crops of the mirror image, not mirrored crops:
     assert not np.array_equal(crops[9], crops[4][:, ::-1])  # with an odd margin the centres differ
     assert np.array_equal(tokenizer.center_crop(Image.fromarray(p[:70]), 70), p[:70, 105:175])
     assert np.array_equal(tokenizer.center_crop(Image.fromarray(p[:, :70]), 70), p[105:175, :70])
     halved = np.asarray(tokenizer.center_crop(Image.fromarray(p[:64, :64]), 32), float)
-    assert abs(halved - p[:64, :64].reshape(32, 2, 32, 2, 3).mean((1, 3))).max() <= 1  # means of 2 x 2
-    wide = Image.fromarray(p[:70])
-    twenty = tokenizer.all_crops(wide, 32, (1.1, 1.05))
-    assert len(twenty) == 20 and np.array_equal(twenty[10:], tokenizer.ten_crops(wide, 32, 1.05))
-    assert np.array_equal(tokenizer.all_crops(wide, 32, ())[0], tokenizer.center_crop(wide, 32))
+    assert abs(halved - p[:64, :64].reshape(32, 2, 32, 2, 3).mean((1, 3))).max() <= 1
 
 
 def test_pixels_to_float_and_back():
-    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 16, 16, 3)
-    assert (tokenizer.to_uint8(tokenizer.to_float(pixels)).int() - pixels.int()).abs().max() <= 1
+    """0 and 255 are -1 and 1; the way back is LlamaGen's: times 127.5, plus 128, truncated."""
+    pixels = torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8)
+    close("float", tokenizer.to_float(pixels)[0, :, 0, 0], [-1, -0.6, 1])
     ends = torch.tensor([-1.0, 0.0, 1.0, 3.0]).view(1, 1, 2, 2)
     assert tokenizer.to_uint8(ends).flatten().tolist() == [0, 128, 255, 255]
-
-
-def test_vq_ds16_has_llamagens_structure():
-    with torch.device("meta"):
-        vq = tokenizer.VQModel(tokenizer.VQConfig())
-    assert sum(p.numel() for p in vq.parameters()) == 71_883_403
-    shapes = {name: tuple(tensor.shape) for name, tensor in vq.state_dict().items()}
-    for name, shape in {"quantize.embedding.weight": (16384, 8), "quantize.codebook_used": (65536,),
-                        "encoder.conv_blocks.4.attn.1.proj_out.weight": (512, 512, 1, 1),
-                        "encoder.conv_blocks.2.res.0.nin_shortcut.weight": (256, 128, 1, 1),
-                        "encoder.conv_blocks.3.downsample.conv.weight": (256, 256, 3, 3),
-                        "decoder.conv_blocks.0.res.2.conv1.weight": (512, 512, 3, 3)}.items():
-        assert shapes[name] == shape, name
 
 
 def test_quantizer_by_hand():
@@ -431,12 +389,10 @@ def test_quantizer_by_hand():
     z = torch.randn(2, 8, 3, 3, requires_grad=True)
     z_q, indices, loss = quantize(z)
     unit, codes = F.normalize(z, dim=1), quantize.codebook()
-    for b in range(2):
-        for t in range(9):
-            v = unit[b, :, t // 3, t % 3]
-            nearest = min(range(50), key=lambda n: (v - codes[n]).square().sum().item())
-            assert indices[b, t] == nearest
-            close("z_q", z_q[b, :, t // 3, t % 3], codes[nearest])
+    for b, t in np.ndindex(2, 9):
+        v = unit[b, :, t // 3, t % 3]
+        assert indices[b, t] == min(range(50), key=lambda n: (v - codes[n]).square().sum().item())
+        close("z_q", z_q[b, :, t // 3, t % 3], codes[indices[b, t]])
     chosen = codes[indices].movedim(-1, 1).view_as(unit)
     commitment = 0.25 * (unit - chosen.detach()).square().mean()
     codebook = (unit.detach() - chosen).square().mean()
@@ -465,16 +421,6 @@ def test_golden_numbers_of_the_vq_model():
     close("pixels", vq.decode(codes)[0][:, [0, 7, 15], [3, 8, 14]], golden, 1e-4)
 
 
-def test_padding_by_hand():
-    """LlamaGen pads strided convolutions right and below only."""
-    down, x = tokenizer.Downsample(1), torch.arange(16.0).view(1, 1, 4, 4)
-    torch.nn.init.zeros_(down.conv.bias)
-    for row, column, expected in ((0, 0, [[0, 2], [8, 10]]), (2, 2, [[10, 0], [0, 0]])):
-        torch.nn.init.zeros_(down.conv.weight)
-        down.conv.weight.data[0, 0, row, column] = 1  # picks one pixel of each window
-        assert down(x)[0, 0].tolist() == expected
-
-
 def test_quality_by_hand():
     """Errors of 0.1 and, after clamping, of 0.498 of the range; two codes alike are a perplexity of 2."""
     class Grey(torch.nn.Linear):
@@ -487,140 +433,110 @@ def test_quality_by_hand():
             return torch.where(codes > 3, 5.0, -0.8).view(-1, 1, 4, 4).expand(-1, 3, 4, 4)
 
     black_and_grey = torch.tensor([0, 128], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 4, 4, 3)
-    with patch.object(tokenizer, "AT_A_TIME", 4 ** 2):  # one image at a time
-        quality = tokenizer.evaluate_tokenizer(Grey(1, 1), black_and_grey)
+    quality = tokenizer.evaluate_tokenizer(Grey(1, 1), black_and_grey)
     close("PSNR", quality["psnr"], (20 - 20 * math.log10(127 / 255)) / 2)
     close("usage", quality["usage"], 2 / 8)
     close("perplexity", quality["perplexity"], 2)
 
 
 def test_crops_for_training_are_upright():
-    """White above red or blue: cut, mirrored from left to right, never upside down, with their labels."""
+    """Coloured below on the left: cut, mirrored from left to right, never upside down, with their labels."""
     root = scratch()
-    for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
-        pixels = np.zeros((40, 40, 3), np.uint8)
-        pixels[20:, :20], pixels[:20] = colour, 255
+    for name in ("blue", "red"):
+        picture = Image.new("RGB", (40, 40), "white")
+        picture.paste(name, (0, 20, 20, 40))
+        (root / name).mkdir()
         for i in range(3):
-            (root / name).mkdir(exist_ok=True)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    crops = tokenizer.Crops(tokenizer.open_images(root), 36, 0, "cpu")
-    colours, sides = {0: 2, 1: 0}, set()
+            picture.save(root / name / f"{i}.png")
+    crops, sides = tokenizer.Crops(tokenizer.open_images(root), 36, 0, "cpu"), set()
     for _ in range(20):
-        x, labels = crops.draw(4)
-        assert x.shape == (4, 3, 36, 36) and x[:, :, :12].min() > 0.9
+        x, labels = crops.draw(4)  # (4, 3, 36, 36)
+        assert x[:, :, :12].min() > 0.9
         for image, label in zip(x, labels.tolist()):
-            place = image[colours[label], -1] > 0.9  # (36,): where the colour is in the lowest row
-            assert 10 < place.sum() < 26 and not (image[2 - colours[label], -1] > -0.9).any()
-            sides.add(place[0].item())
+            dark = image[2 * label, -1] < -0.9  # in the lowest row: no red where it is blue, or no blue
+            assert 10 < dark.sum() < 26 and image[2 - 2 * label].min() > 0.9
+            sides.add(dark[0].item())
     assert sides == {True, False}
 
 
 def test_dead_codes_are_restarted():
     """On latents of the batch; at a learning rate of zero many more codes are then used (else 7 %)."""
-    torch.manual_seed(0)
     quantize = tokenizer.VectorQuantizer(tokenizer.VQConfig(codebook_size=10))
-    before, latents = quantize.embedding.weight.clone(), torch.randn(20, 8)
-    quantize.restart(torch.arange(10) >= 7, latents)
-    assert torch.equal(quantize.embedding.weight[:7], before[:7])
-    distance = torch.cdist(quantize.embedding.weight[7:], F.normalize(latents, dim=-1))
-    assert distance.min(1).values.max() < 1e-5 and len(distance.argmin(1).unique()) > 1
-    images = tokenizer.open_images(workshop() / "images")
-    config = tokenizer.replace(tokenizer.VQ_DS4, codebook_size=256)
-    vq = tokenizer.train_tokenizer(images, 16, config, steps=2, batch=16, lr=0.0)
-    assert tokenizer.evaluate_tokenizer(vq, tokenizer.held_out_pixels(images, 16, 44))["usage"] > 0.3
+    before = quantize.embedding.weight.clone()
+    quantize.restart(torch.arange(10) >= 7, torch.randn(20, 8))
+    assert (quantize.embedding.weight == before).all(1).tolist() == [True] * 7 + [False] * 3
+    vq = tokenizer.train_tokenizer(our_images(), 16, replace(VQ_64, codebook_size=256), 2, 16, lr=0.0)
+    pixels = tokenizer.held_out_pixels(our_images(), 16, 44)
+    assert tokenizer.evaluate_tokenizer(vq, pixels)["usage"] > 0.3
 
 
 def test_tokenizer_learns():
     """60 steps on 44 images: clearly better than grey, with several codes in use."""
-    root = workshop()
-    vq, images = tokenizer.load_tokenizer(root / "vq.pt"), tokenizer.open_images(root / "images", "val")
-    pixels = tokenizer.held_out_pixels(images, 16, 10)
+    vq, pixels = our_vq(), tokenizer.held_out_pixels(our_images("val"), 16, 10)
     grey = (pixels.float() / 255 - 0.5).square().flatten(1).mean(1)
     quality = tokenizer.evaluate_tokenizer(vq, pixels)
     assert quality["psnr"] > -10 * grey.log10().mean() + 1 and 1 < quality["perplexity"] <= 64
-    codes = tokenizer.encode_pixels(vq, pixels)
-    assert codes.shape == (4, 16) and torch.equal(codes, vq.encode(tokenizer.to_float(pixels)))
-    made = vq(tokenizer.to_float(pixels))[0]
+    made, codes, _ = vq(tokenizer.to_float(pixels))
+    assert torch.equal(codes, tokenizer.encode_pixels(vq, pixels))
     close("decoded", vq.decode(codes), made)
     assert torch.equal(tokenizer.reconstruct(vq, pixels), tokenizer.to_uint8(vq.decode(codes)))
 
 
-def test_perceptual_loss_by_hand_and_in_the_training():
+def test_how_the_tokenizer_is_trained():
+    """The perceptual loss by hand, and that it counts; the rate rises for 5 % of the steps, then falls."""
     a, b = torch.eye(3)[:2].view(2, 1, 3, 1, 1)  # images (1, 3, 1, 1)
     assert tokenizer.perceptual_loss(lambda x: ([x, 5 * x], None), 2 * a, b) == 2  # at right angles
     assert tokenizer.perceptual_loss(lambda x: ([x, 5 * x], None), 2 * a, a) == 0
-    images = tokenizer.open_images(workshop() / "images")
-    config = tokenizer.replace(tokenizer.VQ_DS4, codebook_size=64)
+    rates = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     with patch.object(tokenizer, "perceptual_loss", lambda net, made, x: 10 * (1 - made).mean()):  # whiter
-        vq = tokenizer.train_tokenizer(images, 16, config, steps=20, batch=8)
-    assert vq(tokenizer.to_float(tokenizer.held_out_pixels(images, 16, 10)))[0].mean() > 1
+        vq = tokenizer.train_tokenizer(our_images(), 16, VQ_64, steps=40, batch=8, lr=2e-3)
+    hook.remove()
+    assert vq(tokenizer.to_float(tokenizer.held_out_pixels(our_images(), 16, 10)))[0].mean() > 1
+    cosine = [(1 + math.cos(math.pi * i / 40)) / 2 for i in range(40)]
+    close("learning rates", rates[-40:], [1e-3, *(2e-3 * share for share in cosine[1:])], 1e-9)
 
 
 def test_cache_by_any_number_of_processes():
-    """Each row holds its image's crops; a killed encoding goes on; jobs at once do not harm each other."""
-    root, place = workshop(), scratch()
-    vq, images = tokenizer.load_tokenizer(root / "vq.pt"), tokenizer.open_images(root / "images")
+    """Each row holds its image's crops; a killed encoding goes on; two processes share the work."""
+    vq, images, place = our_vq(), our_images(), scratch()
 
-    def encode(name, images=images):
-        return tokenizer.token_cache(images, vq, 16, (1.1, 1.05), place / name)
+    def encode(name, unreadable=()):  # the process is killed where it comes to one of these images
+        def read(i):
+            if i in unreadable:
+                raise SystemExit("killed")
+            return images.read(i)
+        return tokenizer.token_cache(replace(images, read=read), vq, 16, (1.1, 1.05), place / name)
 
     one = encode("one")
-    assert one.tokens.shape == (44, 20, 16) and one.tokens.dtype == np.uint16
+    assert one.tokens.shape == (44, 20, 16) and np.array_equal(one.labels, images.labels)
     crop = torch.from_numpy(tokenizer.ten_crops(images.read(5), 16, 1.05)[7])
     assert np.array_equal(one.tokens[5, 17], vq.encode(tokenizer.to_float(crop[None]))[0])
-    assert np.array_equal(one.labels, images.labels)
-    folder, = (place / "one").iterdir()
-    assert sorted(file.name for file in folder.iterdir()) == ["labels.npy", "meta.json", "tokens.npy"]
-    assert json.loads((folder / "meta.json").read_text()) == one.meta
-
-    def failing(rows):  # images of which some cannot be read because the process is killed
-        def read(i):
-            if i in rows:
-                raise RuntimeError("killed")
-            return images.read(i)
-        return tokenizer.replace(images, read=read)
-
-    def equal(other):
-        return np.array_equal(one.tokens, other.tokens) and np.array_equal(one.labels, other.labels)
-
     with patch.object(tokenizer, "PART_IMAGES", 10):
-        refuses(RuntimeError, "killed", encode, "two", failing(range(25, 44)))
-        assert equal(encode("two", failing(range(20))))  # what had been done is not done again
+        refuses("killed", encode, "two", range(25, 44))
+        assert np.array_equal(one.tokens, encode("two", range(20)).tokens)  # nothing is done twice
         with patch.dict(os.environ, RANK="1", WORLD_SIZE="2"):
             second = threading.Thread(target=encode, args=["three"])  # encodes its share, then waits
             second.start()
             time.sleep(0.1)
-        assert equal(encode("three"))
+        assert np.array_equal(one.tokens, encode("three").tokens)
         second.join(PATIENCE)
-        assert not second.is_alive()
-        with ThreadPoolExecutor(3) as pool:
-            assert all(map(equal, pool.map(encode, ["four"] * 3)))
-    shutil.copytree(root / "images", place / "moved")
-    moved = tokenizer.open_images(place / "moved")
-    assert tokenizer.cache_meta(moved, vq, 16, (1.1, 1.05)) == one.meta
-    refuses(ValueError, "18 multiple 4", tokenizer.token_cache, images, vq, 18, (), place)
-    (folder / "short.npy").write_bytes((folder / "tokens.npy").read_bytes()[:-9])
-    os.replace(folder / "short.npy", folder / "tokens.npy")
-    refuses(ValueError, "damaged cache delete", encode, "one")
 
 
 def test_tokenizer_files_of_another_kind():
-    root = workshop()
-    for words, changes in (("no tokenizer warp", {"vq_config": {"warp": 9}}),
-                           ("expected VQ", {"model": {}}),
-                           ("holds a transformer", {"model": tiny_model().state_dict()}),
-                           ("nan", {"model": tokenizer.VQModel(tokenizer.VQ_DS4).state_dict()
-                                    | {"quant_conv.bias": torch.tensor([0.0] * 7 + [math.nan])}})):
-        refuses(ValueError, words, tokenizer.load_tokenizer, altered(root / "vq.pt", **changes))
-    state = torch.load(root / "vq.pt", weights_only=True)["model"] | {"surprise": torch.ones(3)}
-    refuses(ValueError, "surprise", tokenizer.load_tokenizer, altered(root / "vq.pt", model=state))
+    state = our_vq().state_dict()
+    for words, changes in (("nan", {"quant_conv.bias": torch.full((8,), math.nan)}),
+                           ("surprise", {"surprise": torch.ones(3)})):
+        path = altered(workshop() / "vq.pt", model=state | changes)
+        refuses(words, tokenizer.load_tokenizer, path)
 
 
 def test_written_whole_or_not_at_all():
+    """An older file stays until the new one is there."""
     root = scratch()
     path = root / "there" / "x"
     tokenizer.write_file(path, lambda file: file.write(b"old"))
-    (root / "link").symlink_to(path)
 
     def fail(file):
         file.write(b"half of the new one")
@@ -628,71 +544,47 @@ def test_written_whole_or_not_at_all():
         assert path.read_bytes() == b"old"
         raise OSError(28, "No space left on device")
 
-    refuses(OSError, "cannot write No space left", tokenizer.write_file, root / "link", fail)
-    assert path.read_bytes() == b"old"
-    with open(path, "rb") as reader:  # whoever reads the old one goes on reading it
-        tokenizer.write_file(root / "link", lambda file: file.write(b"new"))
-        assert reader.read() == b"old"
-    assert (root / "link").is_symlink() and path.read_bytes() == b"new"
-    assert [file.name for file in path.parent.iterdir()] == ["x"]
-    for wrong in (root, "/dev/null", path / "y", root / ("x" * 255)):
-        refuses(OSError, "", tokenizer.check_output, wrong)
-    tokenizer.check_output(root / "new" / "y.pt")
-    assert sorted(file.name for file in root.iterdir()) == ["link", "there"]
+    refuses("cannot write No space left", tokenizer.write_file, path, fail)
+    assert path.read_bytes() == b"old" and [file.name for file in path.parent.iterdir()] == ["x"]
+    with replaced(path):
+        tokenizer.write_file(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    for wrong in (root, path / "y", root / ("x" * 255)):
+        refuses("", tokenizer.check_output, wrong)
 
 
 def test_downloads_are_checked():
     root = scratch()
     (root / "there").write_bytes(b"images")
-    for words, name, checksum in (("cannot be fetched", "nowhere", ""), ("sent 6 bytes", "there", "0" * 32),
-                                  ("", "there", "59b514174bffe4ae402b3d63aad79fe0")):
-        call = tokenizer.download, (root / name).as_uri(), root / "here", 6, f"md5:{checksum}"
-        if words:
-            refuses(ValueError, words, *call)
-        else:
-            call[0](*call[1:])
-        assert (root / "here").exists() == (not words)
+
+    def download(name, checksum):
+        tokenizer.download((root / name).as_uri(), root / "here", 6, f"md5:{checksum}")
+
+    refuses("cannot be fetched", download, "nowhere", "")
+    refuses("sent 6 bytes", download, "there", "0" * 32)
+    assert not (root / "here").exists()
+    download("there", "59b514174bffe4ae402b3d63aad79fe0")
+    assert (root / "here").read_bytes() == b"images"
 
 
 def test_an_error_stands_alone_on_its_line():
-    """Bars are closed before it is printed; a full memory or a useless device is one sentence."""
-    def main(error):
+    """Bars are closed before it is printed; a full memory is one sentence."""
+    def main():
         with tokenizer.enough_memory("lower --batch"), tokenizer.progress(desc="waiting", total=2):
             for _ in tokenizer.progress(range(3), "counting"):
-                raise error
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 9.")
 
-    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 9 GiB.")
-    for error, words in ((ValueError("no"), "no"), (KeyboardInterrupt(), "130"),
-                         (MemoryError(), "too little memory; lower --batch."),
-                         (full, "too little memory to allocate 20.00 GiB; lower --batch.")):
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                tokenizer.run_script(lambda: main(error), "It goes on.")
-        except SystemExit as end:
-            assert words in str(end) and "counting" in said.getvalue() and said.getvalue().endswith("\n")
-        else:
-            raise AssertionError("it goes on")
-    for name, words in (("banana", "cpu, cuda"), ("mps", "untested CPU minutes"), ("cuda:99", "GPU 99")):
-        refuses(ValueError, words, tokenizer.choose_device, name)
-    cuda = dict(is_available=lambda: True, device_count=lambda: 1, set_device=lambda number: None,
-                get_device_name=lambda number: "Tesla P100")
-    reason = "CUDA error: no kernel image is available\nfor execution on the device"
-    with patch.multiple(torch.cuda, **cuda), patch.object(torch, "ones", side_effect=RuntimeError(reason)):
-        refuses(ValueError, "Tesla P100 install --device cpu no kernel image", tokenizer.choose_device)
-
-
-def test_scripts_start_without_fcntl():
-    """As on Windows; a lock is then a warning."""
-    with patch.dict(sys.modules, fcntl=None):
-        for script in sorted(HERE.glob("*.py")):
-            if script.name != "test_all.py":
-                runpy.run_path(str(script))
+    said, sentence = io.StringIO(), "too little memory to allocate 20.00 GiB; lower --batch."
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        refuses(sentence, tokenizer.run_script, main, "It goes on.")
+    assert "counting" in said.getvalue() and said.getvalue().endswith("\n")
 
 
 def test_tokenizer_script():
     root, train_it = workshop(), ["train", "--image-size", 16, "--steps", 2, "--batch", 2, "--data"]
-    said = run(tokenizer.main, *train_it, "images", "--out", "new.pt")
+    (root / "new.pt").write_text("old")
+    with replaced(root / "new.pt"):
+        said = run(tokenizer.main, *train_it, "images", "--out", "new.pt")
     assert "44 training and 4 held-out images of 4 classes" in said and "new.pt: PSNR" in said
     assert tokenizer.load_tokenizer(root / "new.pt").config.codebook_size == 1024
     pack(root / "images", root / "packed.zip")
@@ -707,7 +599,7 @@ def test_tokenizer_script():
         input overwritten            | packed.zip --out packed.zip
         images folder name a file    | images --out images
         """, *train_it)
-    assert not (root / "x.pt").exists()
+
 
 
 # ---- model.py ----------------------------------------------------------------------------------------------
@@ -718,8 +610,8 @@ def test_parameter_counts_are_llamagens():
             net = model.Transformer(model.ModelConfig(*model.SIZES[name]))
         assert sum(p.numel() for p in net.parameters()) == count, name
         assert "layers.3.attention.wqkv.weight" in net.state_dict() and "rope" not in net.state_dict()
-    refuses(ValueError, "width multiple", tiny_model, dim=36)
-    refuses(ValueError, "square", tiny_model, num_tokens=15)
+    refuses("width multiple", tiny_model, dim=36)
+    refuses("square", tiny_model, num_tokens=15)
 
 
 def test_first_loss_is_ln_v():
@@ -744,56 +636,36 @@ def test_golden_numbers():
 
 def test_dropout_is_in_three_places():
     """LlamaGen drops tokens, and what each attention and each feed-forward adds; each place works alone."""
-    net, (tokens, classes) = tiny_model().train(), some_tokens()
-    drops = {name: part for name, part in net.named_modules() if isinstance(part, torch.nn.Dropout)}
-    each = [f"layers.{i}.{part}" for i in range(3) for part in ("attention.resid_", "feed_forward.ffn_")]
-    assert sorted(drops) == sorted(f"{name}dropout" for name in [*each, "tok_"])
-    plain = net(tokens, classes).logits
-    for name, part in drops.items():
+    net, (tokens, classes) = tiny_model(n_layer=1).train(), some_tokens()
+    drops = [part for part in net.modules() if isinstance(part, torch.nn.Dropout)]
+    plain, layer = net(tokens, classes).logits, net.layers[0]
+    assert {*drops} == {net.tok_dropout, layer.attention.resid_dropout, layer.feed_forward.ffn_dropout}
+    for part in drops:
         part.p = 0.5
-        assert not torch.equal(net(tokens, classes).logits, plain), name
+        assert not torch.equal(net(tokens, classes).logits, plain), part
         part.p = 0.0
-    assert torch.equal(net(tokens, classes).logits, plain)
 
 
-def test_causality():
+def test_causality_and_masked_key():
+    """A token reaches its own position and later ones; where its key is hidden (Eq. 3), its own alone."""
     net, (tokens, classes) = tiny_model(), some_tokens()
-    changed = tokens.clone()
-    changed[:, 9] = (changed[:, 9] + 1) % 11  # token x_10 is at position 10
-    a, b = (net(x, classes).logits for x in (tokens, changed))
-    assert torch.equal(a[:, :10], b[:, :10]) and not torch.allclose(a[:, 10], b[:, 10])
-
-
-def test_masked_key_has_no_influence():
-    """Eq. 3: with key 7 hidden, token 7 reaches only its own position, through the residual stream."""
-    net, (tokens, classes) = tiny_model(), some_tokens()
-    mask = torch.zeros(3, 16, dtype=torch.bool)
+    mask, places = torch.zeros(3, 16, dtype=torch.bool), torch.arange(16)
     mask[:, 7] = True
     changed = tokens.clone()
-    changed[:, 6] = (changed[:, 6] + 1) % 11
-    others = torch.arange(16) != 7
-    for mask_it, unmoved in ((mask, True), (torch.zeros_like(mask), False)):
-        a, b = (net(x, classes, key_mask=mask_it).logits for x in (tokens, changed))
-        assert torch.allclose(a[:, others], b[:, others], atol=1e-6) == unmoved
-        assert not torch.allclose(a[:, 7], b[:, 7], atol=1e-3)
-    everything = torch.ones(3, 16, dtype=torch.bool)
-    everything[:, 0] = False  # all but the class token: the emptiest rows there are
-    assert net(tokens, classes, key_mask=everything).logits.isfinite().all()
+    changed[:, 6] = (changed[:, 6] + 1) % 11  # token x_7 is at position 7
+    for key_mask, moved in ((None, places >= 7), (torch.zeros_like(mask), places >= 7), (mask, places == 7)):
+        a, b = (net(x, classes, key_mask=key_mask).logits for x in (tokens, changed))
+        assert torch.equal((a - b).abs().amax((0, 2)) > 1e-6, moved)
 
 
 def test_explicit_attention_equals_fused():
     net, (tokens, classes) = tiny_model(), some_tokens()
-    mask = losses.sample_key_mask(3, 16, 0.4, torch.Generator().manual_seed(0))
-    for key_mask in (None, mask):
-        fused = net(tokens, classes, key_mask=key_mask, layers=(1, 2, 3))
-        explicit = net(tokens, classes, key_mask=key_mask, layers=(1, 2, 3), return_attention=True)
+    for key_mask in (None, losses.sample_key_mask(3, 16, 0.4, torch.Generator().manual_seed(0))):
+        fused, explicit = (net(tokens, classes, key_mask=key_mask, return_attention=way)
+                           for way in (False, True))
         close("logits", explicit.logits, fused.logits)
-        for n in (1, 2, 3):
-            close(f"layer {n}", explicit.hidden[n], fused.hidden[n])
         for weights in explicit.attention:  # (B, H, T, T)
             close("rows of the attention", weights.sum(-1), torch.ones(3, 2, 16))
-            seen = torch.ones(16, 16).tril() * (True if key_mask is None else ~mask[:, None, None])
-            assert not (weights * (1 - seen)).any()
 
 
 def test_attention_against_the_formula():
@@ -807,31 +679,15 @@ def test_attention_against_the_formula():
         for j in range(4):
             for half, place in enumerate(divmod(p - 1, 4)):  # row, column
                 turn[p, 4 * half + j] = np.exp(1j * place * 10000.0 ** (-2 * j / 8))
-    expected = torch.zeros(16, 2, 16)
+    heads = []
     for h in range(2):
         q, k = (torch.view_as_real(torch.view_as_complex(qkv[:, i, h].reshape(16, 8, 2)) * turn).flatten(1)
                 for i in (0, 1))
-        for p in range(16):
-            weights = torch.softmax(torch.stack([q[p] @ k[s] / 4 for s in range(p + 1)]), 0)
-            expected[p, h] = sum(w * qkv[s, 2, h] for s, w in enumerate(weights))
-    after = x[0] + layer.attention.wo(expected.flatten(1))
+        later = torch.ones(16, 16).triu(1).bool()
+        heads.append((q @ k.T / 4).masked_fill(later, -math.inf).softmax(1) @ qkv[:, 2, h])
+    after = x[0] + layer.attention.wo(torch.cat(heads, 1))
     after = after + layer.feed_forward(layer.ffn_norm(after))
     close("layer 1", net(tokens, classes, layers=(1,), head=False).hidden[1][0], after, 1e-4)
-
-
-def test_cached_equals_uncached():
-    net, (tokens, classes) = tiny_model(), some_tokens()
-    cache = sample.KVCache(net, 3)
-    parts = [net(tokens[:, :n], classes, cache=cache).logits for n in (0, 1, 2, 5, 6, 15)]
-    assert [part.shape[1] for part in parts] == [1, 1, 1, 3, 1, 9]  # only the new positions
-    close("logits", torch.cat(parts, 1), net(tokens, classes).logits)
-
-
-def test_layers_and_head_are_only_what_is_asked_for():
-    net, (tokens, classes) = tiny_model(), some_tokens()
-    full, part = (net(tokens, classes, layers=(2,), head=head) for head in (True, False))
-    assert part.logits is None and list(part.hidden) == [2] and torch.equal(part.hidden[2], full.hidden[2])
-
 
 
 # ---- losses.py ---------------------------------------------------------------------------------------------
@@ -846,7 +702,7 @@ def test_key_masks(seed=0):
         close("how often position 0, the class, is hidden", often[0], 0)
         close(f"how often each other one is at ratio {ratio}", often[1:], [ratio] * 63, 0.2)
     for ratio in (-0.1, 1.0, math.nan):
-        refuses(ValueError, "mask ratio", losses.sample_key_mask, 2, 64, ratio, generator)
+        refuses("mask ratio", losses.sample_key_mask, 2, 64, ratio, generator)
 
 
 def test_positions(seed=0):
@@ -857,7 +713,7 @@ def test_positions(seed=0):
         assert len(set(positions)) == 4, f"seen {positions}, expected 4 different positions"
         seen |= set(positions)
     assert seen == set(range(1, 16)), f"in 200 draws seen {sorted(seen)}, expected all of 1 ... 15"
-    refuses(ValueError, "K = 16", losses.sample_positions, 16, 16, generator)
+    refuses("K = 16", losses.sample_positions, 16, 16, generator)
 
 
 def test_ar_loss(seed=0):
@@ -932,8 +788,8 @@ def test_step_and_view_losses_are_equations_6_and_7(seed=0):
             for i in range(V) for j in range(V) if i != j for k in range(K) for b in range(B)]
     close("Eq. 6", losses.step_loss(z, h, 0.2)[0], np.mean(step))
     close("Eq. 7", losses.view_loss(z, h, 0.2)[0], np.mean(view))
-    refuses(ValueError, "K >= 2", losses.step_loss, z[:, :1], h[:, :1], 0.2)
-    refuses(ValueError, "V >= 2", losses.view_loss, z[:1], h[:1], 0.2)
+    refuses("K >= 2", losses.step_loss, z[:, :1], h[:, :1], 0.2)
+    refuses("V >= 2", losses.view_loss, z[:1], h[:1], 0.2)
 
 
 def test_total_loss(seed=0):
@@ -968,6 +824,7 @@ def test_ema_and_no_gradient_for_the_teacher(seed=0):
         loss(z, h, 0.2)[0].backward()
         assert z.grad is not None and z.grad.any(), f"{name}: no gradient reaches the student; expected one"
         assert h.grad is None, f"{name}: a gradient reaches the teacher; expected none"
+
 
 
 # ---- train.py ----------------------------------------------------------------------------------------------
@@ -1094,38 +951,27 @@ def test_losses_of_a_batch_by_hand():
     close("Eq. 8", log["loss"], log["loss_ar"] + mim + 0.5 * (step + view) / 2)
 
 
-def test_a_step_needs_no_data():
-    """A tensor of the host or a shape that depends on data would stall a GPU; on meta tensors it fails."""
-    config = a_config()
-    batch, objective = train.draw_batch(config, a_cache(), 0, 0, 1), an_objective(config).to("meta")
-    log = objective(*(x.to("meta") for x in batch))
-    log["loss"].backward()
-    losses.update_ema(objective.teacher, objective.student, 0.9)
-    assert all(value.shape == () and value.is_meta for value in log.values())
-
-
 def test_an_optimizer_step_by_hand():
-    """Two steps from the draw to the EMA: clipping, AdamW's formula, decay of matrices alone, the teacher."""
+    """Two steps from the draw to the EMA: clipping, AdamW, decay of matrices alone, the teacher."""
     config = a_config(clip=0.05, weight_decay=0.3, base_lr=0.32, warmup=3, ema=0.9)
     objective, twin = an_objective(config), an_objective(config)
     run = a_run(config, objective)
     trained = [*twin.student.parameters(), *twin.projector.parameters()]
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in trained]
+    matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.3},
+                                   {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95))
     for step in range(2):
         batch = train.load_batch(run, step)
-        assert same(list(batch), list(train.draw_batch(config, run.cache, step, 0, 1)))
         log = train.train_step(run, objective, batch, step)
-        gradients = torch.autograd.grad(twin(*batch)["loss"], trained)
-        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        optimizer.zero_grad()
+        twin(*batch)["loss"].backward()
+        norm = torch.cat([p.grad.flatten() for p in trained]).norm()
         assert norm > config.clip and abs(log["grad_norm"] / norm - 1) < 1e-4
-        rate = 0.01 * (step + 1) / 3 * (0.05 + 0.95 * (1 + math.cos(math.pi * step / 4)) / 2)
-        for p, g, (m, v) in zip(trained, gradients, moments):
-            g = g * config.clip / norm
-            m.mul_(0.9).add_(0.1 * g)
-            v.mul_(0.95).add_(0.05 * g ** 2)
-            m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.95 ** (step + 1))
-            decay = 0.3 * (p.ndim > 1)
-            p.data -= rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * p.data)
+        for p in trained:
+            p.grad *= config.clip / norm
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (step + 1) / 3 * (0.05 + 0.95 * (1 + math.cos(math.pi * step / 4)) / 2)
+        optimizer.step()
         keep = 1 - 0.1 * (1 + math.cos(math.pi * step / 4)) / 2
         for old, new in zip(twin.teacher.parameters(), twin.student.parameters()):
             old.data = keep * old + (1 - keep) * new
@@ -1136,20 +982,17 @@ def test_an_optimizer_step_by_hand():
 
 
 def test_float16_skips_a_step_that_overflows_and_goes_on():
-    """As on an old GPU: only the teacher moves, and the scale is halved; the next step is as in float32."""
-    config = a_config(ema=0.9)
-    half, single = (a_run(config, an_objective(config), dtype) for dtype in (torch.float16, None))
-    half.scaler.load_state_dict(half.scaler.state_dict() | {"scale": 2.0 ** 100})
-    before = copy.deepcopy(half.objective.state_dict())
-    log = train.train_step(half, half.objective, train.load_batch(half, 0), 0)
-    assert log["loss"].isfinite() and log["grad_norm"] == 0 and half.scaler.get_scale() == 2.0 ** 99
-    moved = [name for name, value in half.objective.state_dict().items() if not same(value, before[name])]
-    assert moved and all(name.startswith("teacher.") for name in moved)
-    half.scaler.load_state_dict(half.scaler.state_dict() | {"scale": 2.0 ** 10})
-    a, b = (train.train_step(run, run.objective, train.load_batch(run, 1), 1) for run in (half, single))
-    for name in ("loss", "grad_norm"):
-        close(name, a[name], b[name], 0.01)
-    assert a["loss"] != b["loss"]  # it is rounded
+    """As on an old GPU: at first the student stays; then a step is as in float32."""
+    half, single = (a_run(a_config(), an_objective(a_config()), dtype) for dtype in (torch.float16, None))
+    before = copy.deepcopy(half.objective.student.state_dict())
+    for scale, stays in ((2.0 ** 100, True), (2.0 ** 10, False)):
+        half.scaler.load_state_dict(half.scaler.state_dict() | {"scale": scale})
+        log = train.train_step(half, half.objective, train.load_batch(half, 0), 0)
+        assert same(half.objective.student.state_dict(), before) == stays
+        assert (log["grad_norm"] == 0) == stays
+    expected = train.train_step(single, single.objective, train.load_batch(single, 0), 0)
+    close("gradient norm", log["grad_norm"], expected["grad_norm"], 0.01)
+    assert 0 < abs(log["loss"] - expected["loss"]) < 0.01  # it is rounded
 
 
 def test_dropout_is_new_in_every_step_and_never_the_teachers():
@@ -1159,12 +1002,8 @@ def test_dropout_is_new_in_every_step_and_never_the_teachers():
     first, second, again = (train.train_step(run, objective, batch, step)["loss_ar"] for step in (0, 1, 0))
     other = train.train_step(run._replace(rank=1), objective, batch, 0)["loss_ar"]  # of another process
     assert abs(first - again) < 1e-4 < min(abs(first - second), abs(first - other))
-    value, rows = train.validation_loss(run), np.flatnonzero(run.held_out.labels >= 0)
-    assert all(module.training for module in objective.student.modules())  # dropout is back afterwards
-    tokens = torch.from_numpy(run.held_out.tokens[rows, 0].astype(np.int64))
-    logits = objective.student.eval()(tokens[:, :-1], torch.from_numpy(run.held_out.labels[rows])).logits
-    close("held-out loss", value, losses.ar_loss(logits, tokens))
-    assert not any(module.training for module in objective.teacher.modules())
+    assert train.validation_loss(run) == train.validation_loss(run)
+    assert objective.student.tok_dropout.training and not objective.teacher.tok_dropout.training
 
 
 def test_schedules():
@@ -1178,34 +1017,25 @@ def test_schedules():
 
 
 def test_flags_come_from_the_config():
-    config, given, resume = train.parse_arguments(["--preset", "nano", "--no-ema-ramp", "--resume"])
-    assert config.model == "nano" and config.ema_ramp is False and resume
-    assert given == {"preset": "nano", "ema_ramp": False}
-    assert train.parse_arguments(["--preset", "B", "--losses", "ar"])[0].name == "B-ar"
+    config, given, resume = train.parse_arguments(["--preset", "B", "--losses", "ar", "--resume"])
+    assert config.name == "B-ar" and given == {"preset": "B", "losses": "ar"} and resume
     paper = dict(views=2, mask_ratio=0.25, positions=4, depth=18, alpha=1.0, beta=0.5, ema=0.9999,
                  ema_ramp=False, crop_ratios=(1.1, 1.05), base_lr=1e-4, schedule="constant", warmup=0,
                  weight_decay=0.05, clip=1.0, class_dropout=0.1, dropout=0.1, batch=256,
                  losses="ar+mim+step+view")
-    assert paper.items() <= train.asdict(train.parse_arguments(["--preset", "L"])[0]).items()
+    assert paper.items() <= vars(train.parse_arguments(["--preset", "L"])[0]).items()
     for name in train.PRESETS:
         flags = words_for_cpu(["--preset", name, "--data", "images", "--tokenizer", "vq.pt"])
-        config, *_ = train.parse_arguments(flags)
-        train.check_config(config, 1)
-        assert config.compile == (name == "tiny")
-    numbers = [field for field in train.fields(train.Config) if field.type not in (str, bool)]
-    for field in numbers:  # what lies outside its range is refused
-        flag, text = "--" + field.name.replace("_", "-"), field.type.__metadata__[0] - 1
-        refuses(SystemExit, f"{flag}: {text} is not", heard, train.parse_arguments, [f"{flag}={text}"])
-    assert len(numbers) > 25
+        train.check_config(train.parse_arguments(flags)[0], 1)
 
 
 def test_train_refuses_likely_mistakes():
     trained_run()
-    vq = tokenizer.VQModel(tokenizer.load_tokenizer(workshop() / "vq.pt").config)
-    tokenizer.save_tokenizer(workshop() / "other.pt", vq)
+    tokenizer.save_tokenizer(workshop() / "other.pt", tokenizer.VQModel(our_vq().config))
     (workshop() / "two.txt").write_text("class0\nclass1\n")
     refuses_all(train.main, """
         invalid choice ar+mim        | --losses mim
+        --dropout 1.5 at most        | --dropout 1.5
         layers 1 ... 4               | --depth 5
         10 crops                     | --views 11
         view compares at least 2     | --views 1
@@ -1225,7 +1055,6 @@ def test_train_refuses_likely_mistakes():
         preset = nano, not tiny      | --name trained --preset tiny
         losses not ar                | --name trained --losses ar
         steps = 1, not 2 follows     | --name trained --steps 2
-        epochs follows               | --name trained --epochs 3
         codes another tokenizer      | --name trained --tokenizer other.pt
         codes another images         | --name trained --subset two.txt
         """, "--resume")
@@ -1234,36 +1063,15 @@ def test_train_refuses_likely_mistakes():
 
 def test_accumulation_equals_one_batch():
     """Without contrast a micro-batch lacks nothing; and a line of the log is the mean over its steps."""
-    for pieces, every, on in ((1, 1, "ar+mim"), (4, 2, "ar+mim"), (2, 1, "ar+view")):
-        run(train.main, *SMALL, "--name", f"in-{pieces}", "--steps", 2, "--losses", on,
-            "--accumulate", pieces, "--log-every", every)
+    for pieces in (1, 4):
+        run(train.main, *SMALL, "--name", f"in-{pieces}", "--steps", 2, "--losses", "ar+mim",
+            "--accumulate", pieces, "--log-every", min(pieces, 2))
     mean, = metrics("in-4")
     for name in ("loss", "loss_ar", "loss_mim", "grad_norm"):
         close(name, mean[name], np.mean([line[name] for line in metrics("in-1")]), 1e-4)
-    assert metrics("in-2")[0]["negatives"] == 3  # what it lacks with contrast
 
 
-def test_a_run_begins_with_its_seed():
-    """Seen after a step that hardly moves; the teacher begins as the student."""
-    run(train.main, *SMALL, "--name", "seeded", "--steps", 1, "--base-lr", 1e-9, "--seed", 7)
-    begun = checkpoint("seeded")
-    torch.manual_seed(7)
-    start = model.Transformer(model.ModelConfig(**begun["model_config"])).state_dict()
-    for name, value in start.items():
-        close(name, begun["model"][name], value, 1e-7)
-        close(name, begun["ema"][name], value, 1e-7)
-
-
-PATIENCE = 300  # seconds for a launched script to do what a quiet machine does in ten
 STATE = ("model", "ema", "projector", "optimizer", "step")
-
-
-def wait_for_step(name, step, process):
-    """Return once a launched training has reported this step."""
-    deadline = time.time() + PATIENCE
-    while not (metrics(name) and metrics(name)[-1]["step"] >= step):
-        assert process.poll() is None and time.time() < deadline, process.communicate()[1][-3000:]
-        time.sleep(0.01)
 
 
 def same_run(a, b):
@@ -1277,94 +1085,87 @@ def same_run(a, b):
 def test_killed_and_resumed_is_bit_identical():
     """kill -9 in the middle of a run with dropout, then --resume: every tensor as in the undisturbed run."""
     settings = [*SMALL, "--steps", 12, "--save-every", 3, "--dropout", 0.1]
-    killed = launch("train.py", *settings, "--name", "killed")
-    wait_for_step("killed", 5, killed)
-    killed.kill()
-    killed.communicate()
+    assert not finish(launch("train.py", *settings, "--name", "killed"), lambda: len(metrics("killed")) > 4)
     assert checkpoint("killed")["step"] < 12
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the killed process had; more threads round sums differently
-    run(train.main, *settings, "--name", "killed", "--resume")
+    folder = workshop() / "runs" / "killed"
+    with replaced(folder / "checkpoint.pt", folder / "config.json", folder / "metrics.jsonl"):
+        run(train.main, *settings, "--name", "killed", "--resume")
     run(train.main, *settings, "--name", "whole")
     torch.set_num_threads(threads)
     same_run("killed", "whole")
-    whole = sample.open_trained(workshop() / "runs/whole", None, False, 16, "cpu")
-    grid = workshop() / "runs/whole/samples/0000012.png"  # without dropout, as sample.py draws it
-    sample.save_samples(grid.with_name("again.png"), whole.model, whole.vq, 2, whole.classes, 0, cfg=2.0)
-    assert grid.read_bytes() == grid.with_name("again.png").read_bytes()
-    others = tokenizer.open_images(workshop() / "images", "val")
-    codes = tokenizer.encode_pixels(whole.vq, tokenizer.held_out_pixels(others, 16, 4))
-    logits = whole.model(codes[:, :-1], torch.from_numpy(others.labels)).logits
-    close("held-out loss", metrics("whole")[-1]["val_nll"], losses.ar_loss(logits, codes))
+    trained_run()  # which differs in its first step by dropout alone
+    assert metrics("whole")[0]["loss_mim"] != metrics("trained")[0]["loss_mim"]
+
+
+def test_what_a_run_shows_of_itself():
+    """Its last grid and held-out loss are those of its checkpoint, without dropout."""
+    folder, others = trained_run(), our_images("val")
+    trained = sample.open_trained(folder, None, False, 16, "cpu")
+    sample.save_samples(folder / "again.png", trained.model, trained.vq, 2, trained.classes, 7, cfg=2.0)
+    assert (folder / "again.png").read_bytes() == (folder / "samples" / "0000001.png").read_bytes()
+    codes = tokenizer.encode_pixels(trained.vq, tokenizer.held_out_pixels(others, 16, 4))
+    logits = trained.model(codes[:, :-1], torch.from_numpy(others.labels)).logits
+    close("held-out loss", metrics("trained")[-1]["val_nll"], losses.ar_loss(logits, codes))
 
 
 def test_signals_save_and_end():
     """Ctrl-C, and what batch systems send; but not what is ignored, as SIGHUP is under nohup."""
-    step, kinds = train.train_step, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    step, kinds = train.train_step, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def struck(run, *rest):
         if rest[-1] == 1:
             signal.raise_signal(run.config.seed)
         return step(run, *rest)
 
-    before = [signal.signal(kind, signal.default_int_handler) for kind in kinds]
+    settings = [*SMALL, "--samples", 0, "--steps", 3]
     with patch.object(train, "train_step", struck):
         for kind in kinds:
-            refuses(SystemExit, f"Saved after step 2 --resume --name struck-{kind}", run, train.main, *SMALL,
-                    "--steps", 5, "--name", f"struck-{kind}", "--seed", int(kind))
+            refuses(f"Saved after step 2 --resume --name struck-{kind}", run, train.main,
+                    *settings, "--name", f"struck-{kind}", "--seed", int(kind))
             assert checkpoint(f"struck-{kind}")["step"] == 2
-            assert signal.signal(kind, signal.SIG_IGN) is signal.default_int_handler  # as it was before
-        run(train.main, *SMALL, "--steps", 3, "--name", "nohup", "--seed", int(signal.SIGHUP))
-    for kind, handler in zip(kinds, before):
-        signal.signal(kind, handler)
+        before = signal.signal(kind, signal.SIG_IGN)
+        run(train.main, *settings, "--name", "nohup", "--seed", int(kind))
+        signal.signal(kind, before)
     assert checkpoint("nohup")["step"] == 3
 
 
-def test_two_processes_equal_one_until_one_is_killed():
-    """All that is logged, and AdamW's first moments. The other ends without a traceback of its own."""
-    settings = [*SMALL, "--schedule", "constant", "--no-ema-ramp", "--save-every", 2, "--samples", 0]
-    process = launch("train.py", *settings, "--name", "two", "--steps", 5000, processes=2)
-    wait_for_step("two", 3, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode and "]: Traceback" not in err, err[-3000:]
-    two = checkpoint("two")  # which stays
-    run(train.main, *settings, "--name", "one", "--steps", two["step"])
-    for a, b, tolerance in zip(metrics("one"), metrics("two"), (1e-5, 1e-4)):
+def test_a_run_begins_with_its_seed():
+    """Seen after one small step; the teacher begins as the student."""
+    begun = checkpoint(trained_run())
+    torch.manual_seed(7)
+    start = model.Transformer(model.ModelConfig(**begun["model_config"])).state_dict()
+    for name, value in start.items():
+        close(name, begun["model"][name], value, 1e-3)
+        close(name, begun["ema"][name], value, 1e-3)
+
+
+def test_two_processes_equal_one():
+    """All that is logged, but for near ties: the norm of the gradients, too, and losses after a step."""
+    settings = [*SMALL, "--steps", 2, "--samples", 0]
+    assert finish(launch("train.py", *settings, "--name", "two", processes=2))
+    run(train.main, *settings, "--name", "one")
+    for a, b in zip(metrics("one"), metrics("two"), strict=True):
         assert a.keys() == b.keys() and a["negatives"] == 7
-        for name in a.keys() - {"tokens_per_second"}:
-            close(f"{name} of step {a['step']}", b[name], a[name], tolerance)
-    a, b = checkpoint("one")["optimizer"]["state"], two["optimizer"]["state"]
-    assert len(a) == len(b) > len(two["model"])  # the projector has been stepped, too
-    for i in a:
-        apart = (a[i]["exp_avg"] - b[i]["exp_avg"]).norm()
-        assert apart <= 1e-3 * a[i]["exp_avg"].norm() + 1e-9, (i, apart)
+        for name in a.keys() - {"tokens_per_second", "acc_step", "acc_view"}:
+            close(f"{name} of step {a['step']}", b[name], a[name], 1e-4)
 
 
 def test_more_steps_after_the_end():
-    """With a constant rate and decay as if asked from the start; and no file is written in place."""
+    """With a constant rate and decay as if asked from the start."""
     settings = [*SMALL, "--schedule", "constant", "--no-ema-ramp", "--dropout", 0.1]
     run(train.main, *settings, "--name", "longer", "--steps", 2)
-    run(train.main, *settings, "--ema-ramp", "--name", "ramped", "--steps", 1)
-    refuses(ValueError, "ramped has steps = 1 EMA decay", run, train.main, "--resume", "--name", "ramped",
-            "--steps", 2)
-    folder = workshop() / "runs" / "longer"
-    old = {name: (folder / name).read_bytes() for name in ("checkpoint.pt", "config.json", "metrics.jsonl")}
-    for name in old:
-        os.link(folder / name, folder / f"old-{name}")
-    refuses(ValueError, "has done 2 steps more than 1", run, train.main, "--resume", "--name", "longer",
+    refuses("has done 2 steps more than 1", run, train.main, "--resume", "--name", "longer",
             "--steps", 1)
     run(train.main, "--resume", "--name", "longer", "--epochs", 1)  # 44 images: 5 batches of 8
     run(train.main, *settings, "--name", "long", "--steps", 5)
     same_run("longer", "long")
-    assert json.loads((folder / "config.json").read_text())["epochs"] == 1
-    assert all((folder / f"old-{name}").read_bytes() == content for name, content in old.items())
 
 
 def test_divergence_stops_before_it_is_saved():
     """The first step moves the weights to 1e29; the checkpoint stays the one from before."""
-    refuses(ValueError, "loss not finite step 4 diverged", run, train.main, *SMALL, "--steps", 8, "--base-lr",
+    refuses("loss not finite step 4 diverged", run, train.main, *SMALL, "--steps", 8, "--base-lr",
             1e30, "--log-every", 4, "--name", "diverged")
     assert checkpoint("diverged")["step"] == 0 and metrics("diverged") == []
 
@@ -1379,36 +1180,20 @@ def test_training_goes_on_where_torch_compile_fails():
 
     settings = [*SMALL, "--steps", 2, "--dropout", 0.1]
     run(train.main, *settings, "--name", "uncompiled", "--no-compile")
-    for name, compiler in (("broken", broken), ("compiled", lambda module: module)):
-        with patch.object(torch, "compile", compiler):
-            said = run(train.main, *settings, "--name", name, "--compile")
-        same_run(name, "uncompiled")
-        assert ("torch.compile fails here (RuntimeError: no Triton): training" in said) == (name == "broken")
+    with patch.object(torch, "compile", broken):
+        said = run(train.main, *settings, "--name", "broken", "--compile")
+    same_run("broken", "uncompiled")
+    assert "torch.compile fails here (RuntimeError: no Triton): training" in said
 
 
 def test_a_run_folder_belongs_to_one_process():
-    """As far as the system has locks: Windows has no fcntl, and not all signals either."""
+    """As far as the system has locks."""
     folder, resume = trained_run(), ["--name", "trained", "--resume"]
     with tokenizer.locked(folder):
-        refuses(ValueError, "another process", run, train.main, *resume)
-        with patch.dict(sys.modules, {"fcntl": None}), patch.dict(vars(signal)):
-            del signal.SIGHUP, signal.SIGUSR1
+        refuses("another process", run, train.main, *resume)
+        with patch.dict(sys.modules, fcntl=None):  # as on Windows
             said = run(train.main, *resume)
     assert "!!" in said and "Done: runs/trained/" in said
-
-
-def test_shapes_that_stand_in_are_in_the_name():
-    """Without a network; and a run says what it trains."""
-    read = tokenizer.open_images
-
-    def images(data, *rest):
-        return read("images" if data == "shapes" else data, *rest)
-
-    with patch.object(tokenizer, "find_images", lambda data: "shapes"), patch.object(
-            tokenizer, "open_images", images):
-        said = run(train.main, *SMALL, "--data", "", "--steps", 1, "--name", "offline")
-    assert checkpoint("offline-shapes")["config"]["data"] == "shapes"
-    assert "On a CPU --preset nano trains model nano (0.46M parameters) on 44 images of 4 classes" in said
 
 
 # ---- sample.py ---------------------------------------------------------------------------------------------
@@ -1417,7 +1202,6 @@ def test_filters():
     """Top-k, then the nucleus of what it left, by hand; the codes are not in order."""
     logits = torch.tensor([[0.05, 0.4, 0.2, 0.05, 0.3]]).log()
     for top_k, top_p, expected in (
-        (2, 1.0, [1, 4]),
         (4, 1.0, [0, 1, 2, 3, 4]),  # a tie with the fourth stays
         (0, 0.65, [1, 4]),  # the one that crosses p is kept
         (0, 0.75, [1, 2, 4]),
@@ -1451,35 +1235,15 @@ def test_generation_against_the_whole_sequence():
         assert torch.equal(seen, tokens), (cfg, interval, temperature, top_k, top_p, seen, tokens)
 
 
-def test_a_step_recorded_once_serves_all_batches():
-    """A CUDA graph, played on the CPU: one compilation and one recording for all positions and for a last,
-    smaller batch; tokens as without it. Where torch.compile fails, sampling goes on."""
-    net, compile, graphs, calls = tiny_model(n_layer=1), torch.compile, [], []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def compiled(step):
-        step = compile(step, backend=count, fullgraph=True)
-        return lambda *inputs: calls.append((step, inputs, step(*inputs))) or calls[-1][2]
-
-    def replay():  # on the memory of the recorded call
-        step, inputs, logits = calls[-1]
-        logits.copy_(step(*inputs))
-
-    with patch.multiple(torch.cuda, CUDAGraph=lambda: MagicMock(replay=replay), graph=contextlib.nullcontext):
-        with patch.object(torch, "compile", compiled):
-            begin = sample.recorded(net, 6)
-        for classes in (torch.tensor([0, 3, 4]), torch.tensor([1, 2])):
-            plain, played = (sample.generate(net, classes, cfg=2.0, begin=way,
-                                             generator=torch.Generator().manual_seed(1))
-                             for way in (sample.next_logits, begin))
-            assert torch.equal(plain, played), (plain, played)
-        assert len(graphs) == 1 and len(calls) == 2
-        failing = MagicMock(side_effect=RuntimeError("no compiler"))
-        with patch.object(torch, "compile", lambda step: failing):
-            assert "uncompiled and slower" in heard(sample.recorded, net, 6)
+def test_a_step_of_fixed_shapes_equals_the_model():
+    """What a GPU records once and replays for each token: no shape depends on the position."""
+    net, (tokens, classes) = tiny_model(), some_tokens()
+    cache, expected = sample.KVCache(net, 3), net(tokens, classes).logits
+    with torch.no_grad():
+        net(tokens[:, :0], classes, cache=cache)
+        for p in range(1, 16):
+            seen = sample.decode_step(net, tokens[:, p - 1], torch.tensor([p]), cache)
+            close(f"position {p}", seen, expected[:, p])
 
 
 def test_bfloat16_leaves_the_rotary_table_alone():
@@ -1489,15 +1253,8 @@ def test_bfloat16_leaves_the_rotary_table_alone():
     assert net(*some_tokens()).logits.dtype == torch.float32
 
 
-def small_vq():
-    """A tokenizer of random weights for `tiny_model`: 11 codes, 16 tokens of 4 x 4 pixels."""
-    torch.manual_seed(0)
-    config = tokenizer.replace(tokenizer.VQ_DS4, codebook_size=11, ch=8, z_channels=8)
-    return tokenizer.VQModel(config).eval()
-
-
 def test_images_are_resized_as_llamagen_does():
-    net, vq, classes = tiny_model(), small_vq(), torch.tensor([0, 3, 4])
+    net, vq, classes = tiny_model(vocab_size=64), our_vq(), torch.tensor([0, 3, 4])
     codes = sample.generate(net, classes, generator=torch.Generator().manual_seed(1))
     pixels = F.interpolate(vq.decode(codes), size=(9, 9), mode="bicubic", antialias=False)
     ours = sample.sample_images(net, vq, classes, 1, resize_to=9)
@@ -1512,25 +1269,17 @@ def test_labels_are_balanced_from_the_first_image_on():
     assert torch.equal(labels[:50], sample.mixed_labels(50, 100))
 
 
-class Torn:
-    """An array that cannot be written."""
-
-    def __array__(self, *_, **__):
-        raise KeyboardInterrupt
-
-
 def test_a_killed_npz_goes_on_with_its_own_parts_only():
-    net, vq, path = tiny_model(), small_vq(), scratch() / "a.npz"
+    net, vq, path = tiny_model(vocab_size=64), our_vq(), scratch() / "a.npz"
     labels, original = sample.mixed_labels(10, 5), sample.sample_images
-    batches = [original(net, vq, labels[i:i + 3], 7 + i, cfg=2.0) for i in (0, 3, 6, 9)]  # seeded by place
 
-    def write(weights, killed_at=math.inf):
-        """The first image of each batch that had to be made; the process dies while it writes one of them."""
+    def write(weights, killed_at=None):
+        """The first image of each batch that had to be made."""
         made = []
 
         def make(model, vq, classes, seed, **settings):
             if seed - 7 == killed_at:
-                return Torn()
+                raise KeyboardInterrupt
             made.append(seed - 7)
             return original(model, vq, classes, seed, **settings)
 
@@ -1539,163 +1288,95 @@ def test_a_killed_npz_goes_on_with_its_own_parts_only():
             sample.save_npz(path, one, 10, 3, 7, "fp32", cfg=2.0)
         return made
 
-    assert write("A", killed_at=6) == [0, 3] and not path.exists()
+    assert write("A", killed_at=6) == [0, 3]
     assert write("B", killed_at=9) == [0, 3, 6] and not path.exists()
     assert write("A") == [6, 9] and [*path.parent.iterdir()] == [path]  # no part is left
-    old = path.stat().st_ino
-    assert write("A") == [0, 3, 6, 9] and path.stat().st_ino != old  # renamed, never written in place
+    with replaced(path):
+        write("A")
     file = np.load(path)
-    assert [*file] == ["arr_0", "arr_1", "classes", "protocol"] and file["arr_0"].dtype == np.uint8
-    assert np.array_equal(file["arr_0"], np.concatenate(batches))
+    for i in (0, 3, 6, 9):  # seeded by place
+        batch = original(net, vq, labels[i:i + 3], 7 + i, cfg=2.0)
+        assert np.array_equal(file["arr_0"][i:i + 3], batch)
     assert np.array_equal(file["arr_1"], labels) and file["classes"].tolist() == list("abcde")
     how = dict(weights_digest="A", precision="fp32", device="cpu", seed=7, batch=3, num=10, cfg=2.0)
     assert json.loads(str(file["protocol"])) == how
 
 
-def test_memory_does_not_grow_with_the_images_of_an_npz():
-    one = sample.Trained("x", tiny_model(), None, list("abcde"), {}, {}, {})
-    batch = np.zeros((10, 64, 64, 3), np.uint8)
-    tracemalloc.start()
-    with patch.object(sample, "sample_images", lambda *_, **__: batch):
-        sample.save_npz(scratch() / "a.npz", one, 1000, 10, 0, "fp32", cfg=1.0)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 20 * batch.nbytes, peak / batch.nbytes  # of 100
-
-
 def test_checkpoints_of_all_kinds():
     """Ours, LlamaGen's, and other people's: prefixes, other keys, objects beside the weights."""
-    net, (tokens, classes), path = tiny_model(), some_tokens(), scratch() / "x.pt"
-    state, teacher, shape = net.state_dict(), tiny_model(seed=9).state_dict(), vars(net.config)
+    net, path = tiny_model(), scratch() / "x.pt"
+    state, teacher = net.state_dict(), tiny_model(seed=9).state_dict()
     skips_foreign = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")  # torch 2.6
 
-    def load(content, **settings):
+    def load(content, ema=False):
         torch.save(content, path)
-        return sample.load_model(path, **settings)
+        return sample.load_model(path, ema, image_size=64)[0].state_dict()
 
-    ours = {"model": state, "ema": teacher, "step": 3, "model_config": shape}
-    assert same(load(ours)[0].state_dict(), state) and same(load(ours, ema=True)[0].state_dict(), teacher)
+    ours = {"model": state, "ema": teacher, "model_config": vars(net.config)}
+    assert same(load(ours), state) and same(load(ours, ema=True), teacher)
+    refuses("3 layers width 32", load, state)
     with patch.dict(model.SIZES, test=(3, 2, 32)):  # LlamaGen's files do not say how many heads there are
-        for content in (
-            state,
-            {"model": state, "args": argparse.Namespace(image_size=64, downsample_size=16)},
-            {"model": state | {"freqs_cis": torch.zeros(17, 8, 2)}, "steps": 7},
-            {"module": state},
-            {"state_dict": {f"module._orig_mod.{name}": value for name, value in state.items()}},
-            {f"_orig_mod.{name}": value for name, value in state.items()},
-            {"model": state, "config": "x", "data": None},
-            {"model": state, **({"best": np.float64(1), "config": Path("x")} if skips_foreign else {})},
-        ):
-            again, _ = load(content, image_size=64)
-            assert torch.equal(again(tokens, classes).logits, net(tokens, classes).logits), [*content]
-        refuses(ValueError, "no EMA leave out --ema", load, state, ema=True)
-        refuses(ValueError, "no transformer surprise", load, state | {"surprise": torch.zeros(1)})
-    refuses(ValueError, "3 layers width 32", load, state)
-    refuses(ValueError, "EMA weights only add --ema", load, {"ema": state})
-    refuses(ValueError, "no class-conditional vq_config", load, {"model": {}, "vq_config": {}})
-    refuses(ValueError, "nan", load, {"model": state | {"norm.weight": torch.full((32,), math.nan)}})
+        assert same(load({"model": state | {"freqs_cis": torch.zeros(17, 8, 2)}, "steps": 7}), state)
+        assert same(load({"state_dict": {f"module._orig_mod.{name}": state[name] for name in state}}), state)
+        foreign = {"best": np.float64(1), "config": Path("x")} if skips_foreign else {}
+        assert same(load({"module": state, **foreign}), state)
+        refuses("no EMA leave out --ema", load, state, ema=True)
+        refuses("EMA weights only add --ema", load, {"ema": state})
+        refuses("no transformer surprise", load, state | {"surprise": torch.zeros(1)})
+        refuses("nan", load, state | {"norm.weight": torch.full((32,), math.nan)})
 
 
-def same_picture(a, b):
-    return np.array_equal(np.asarray(a), np.asarray(b))
+def same_picture(path, image):
+    return np.array_equal(np.asarray(Image.open(workshop() / path)), np.asarray(image))
 
 
 def test_sample_script():
     """Grids, alone and below each other, and an npz by one and by two processes."""
     root, trained = workshop(), sample.open_trained(trained_run(), None, False, 0, "cpu")
-    drawing = ["runs/trained", "--classes", 3, 0, 3, "--cfg", 2, "--seed", 5, "--out"]
-    text = run(sample.main, *drawing, "grid.png")
-    assert "cfg 2.0" in text and "fp32" in text
+    drawing = ["runs/trained", "--classes", 3, 0, 3, "--cfg", 2, "--seed", 5, "--out", "grid.png"]
+    run(sample.main, *drawing)
     pixels = sample.sample_images(trained.model, trained.vq, torch.tensor([3, 0, 3]), 5, cfg=2.0)
     single = sample.image_grid(pixels, 3, ["class3", "class0", "class3"])
-    assert same_picture(Image.open(root / "grid.png"), single)
-    old = (root / "grid.png").stat().st_ino
-    run(sample.main, "runs/trained", *drawing, "grid.png")
-    assert (root / "grid.png").stat().st_ino != old  # renamed, never written in place
-    both = Image.open(root / "grid.png")
-    for bottom in (both.height // 2, both.height):  # a line of text stands above each
-        assert same_picture(both.crop((0, bottom - single.height, single.width, bottom)), single)
-    sample.save_samples(root / "spread.png", trained.model, trained.vq, 2, trained.classes, 0)
-    run(sample.main, "runs/trained", "--classes", 0, 2, "--out", "grid.png")
-    assert same_picture(Image.open(root / "spread.png"), Image.open(root / "grid.png"))
+    assert same_picture("grid.png", single)
+    with replaced(root / "grid.png"):
+        run(sample.main, "runs/trained", *drawing)
+    assert same_picture("grid.png", sample.stacked([("trained", single)] * 2))
 
     settings = ["runs/trained", "--num-images", 10, "--batch", 3, "--ema", "--npz"]
     run(sample.main, *settings, "one")
-    for rank, there in ((1, 2), (0, 0)):  # the second process makes two of four parts, the first joins all
-        with patch.dict(os.environ, RANK=str(rank), WORLD_SIZE="2"):
+    for rank in "10":  # the second process makes two of four parts, the first joins all
+        with patch.dict(os.environ, RANK=rank, WORLD_SIZE="2"):
             run(sample.main, *settings, "two.npz")
-        assert len([*(root / ".two.npz.parts").glob("*")]) == there
     one, two = np.load(root / "one.npz"), np.load(root / "two.npz")
     assert np.array_equal(one["arr_0"], two["arr_0"]) and one["protocol"] == two["protocol"]
-    protocol, (teacher, _) = json.loads(str(one["protocol"])), sample.load_model(
-        trained_run() / "checkpoint.pt", ema=True)
-    assert protocol["weights"] == "ema" and protocol["step"] == 1
-    assert protocol["weights_digest"] == tokenizer.fingerprint(teacher)
-
-
-def test_pictures():
-    """Captions stand below their images; what lines, bands, nan and a log axis look like."""
-    pixels = np.random.default_rng(0).integers(256, size=(3, 8, 8, 3), dtype=np.uint8)
-    last = sample.image_grid(pixels, 2, ["a", "b", "c\nd"]).crop((0, 116, 104, 236))  # in the second row
-    assert same_picture(last, sample.image_grid(pixels[2:], 1, ["c d"]))
-
-    def ink(series, **settings):
-        """Pixels (H, W) of the first line's colour."""
-        image = np.asarray(sample.line_plot(series, "", "", "", **settings))
-        return (image == (0x00, 0x72, 0xB2)).all(-1)
-
-    line = [(1, 1.0), (2, 3.0), (4, 2.0), (8, 5.0)]
-    assert np.array_equal(ink({"a": [*line, (3, math.nan)]}), ink({"a": line}))
-    assert np.array_equal(ink({"a": [(math.log2(x), y) for x, y in line]}), ink({"a": line}, log_x=True))
-    other = [(1, 0.0), (8, 0.0)]
-    none, thin, dashed, solid = (ink({"a": own, "b": other}, **style).sum() for own, style in (
-        ([], {}), ([], {"thin": {"a": [line]}}), ([], {"dashed": {"a": line}}), (line, {})))
-    assert none < thin < dashed < solid, (none, thin, dashed, solid)
-
-    shaded = sample.line_plot({"a": line}, "", "", "", bands={"a": [0.5, 0.5, 0.5, math.nan]})
-    red, _, blue = np.asarray(shaded).astype(int).transpose(2, 0, 1)
-    columns = np.flatnonzero(((blue - red > 20) & (red > 150)).sum(0) > 60)
-    assert abs(np.ptp(columns) / 1100 - 3 / 7) < 0.02  # from the first point to the third: 1 to 4 of 1 to 8
+    teacher, _ = sample.load_model(trained_run() / "checkpoint.pt", ema=True)
+    assert json.loads(str(one["protocol"]))["weights_digest"] == tokenizer.fingerprint(teacher)
 
 
 def test_what_belongs_to_a_run_is_found():
-    """Its tokenizer, beside it or named; its images; weights without a teacher are enough."""
-    root, path = workshop(), scratch() / "checkpoint.pt"
-    content, folder = torch.load(trained_run() / "checkpoint.pt", weights_only=True), path.parent
-    content["config"] |= {"data": str(root / "images"), "tokenizer": str(root / "vq.pt")}
-    content["model"]["output.weight"].normal_()  # other codes than those of the run itself
-
-    def save(**changes):
-        torch.save({key: content[key] for key in ("model", "config", "data", "model_config")} | changes, path)
-
-    save()
-    run(sample.main, folder, "runs/trained", "--classes", 0, "--out", "grid.png")
-    upper, lower = np.split(np.asarray(Image.open(root / "grid.png")), 2)
-    assert not np.array_equal(upper[22:], lower[22:])  # each run draws with its own weights, below its name
-    sample.save_reconstructions(root / "kept.png", tokenizer.load_tokenizer(root / "vq.pt"), root / "images", "", 16)
-    pixels = tokenizer.held_out_pixels(tokenizer.open_images(root / "images", "val"), 16, 20)
-    kept = tokenizer.reconstruct(tokenizer.load_tokenizer(root / "vq.pt"), pixels)
-    rows = torch.cat([pixels, kept]).numpy()
-    assert same_picture(Image.open(root / "kept.png"), sample.image_grid(rows, len(pixels)))
-    refuses_all(sample.main, f"no EMA weights | {folder} --ema")
-    save(config={"tokenizer": "assets/none.pt"})
-    refuses_all(sample.main, f"no tokenizer at assets/none.pt | {folder}")
-    save(config={"seed": 1})
-    refuses_all(sample.main, f"add --vq | {folder}")
+    """Its tokenizer, where there is no copy beside it; and what that keeps of held-out images."""
+    root, folder, saved = workshop(), scratch(), checkpoint(trained_run())
+    saved["config"] = dict(data=str(root / "images"), tokenizer=str(root / "vq.pt"))
+    torch.save(saved, folder / "checkpoint.pt")
+    vq = sample.open_trained(folder, None, False, 0, "cpu").vq
+    sample.save_reconstructions(root / "kept.png", vq, root / "images", "", 16)
+    pixels = tokenizer.held_out_pixels(our_images("val"), 16, 20)
+    rows = torch.cat([pixels, tokenizer.reconstruct(our_vq(), pixels)]).numpy()
+    assert same_picture("kept.png", sample.image_grid(rows, len(pixels)))
 
 
 def test_llamagens_files():
-    """Files in the published format, random weights."""
-    root = workshop()
+    """Files in the published format, random weights of the published structure."""
     torch.manual_seed(0)
-    vq = tokenizer.VQModel(tokenizer.VQConfig()).eval()
+    vq, root = tokenizer.VQModel(tokenizer.VQConfig()).eval(), workshop()
+    layout = [[name, list(value.shape)] for name, value in sorted(vq.state_dict().items())]
+    assert tokenizer.digest(layout) == "4d7d078a98299077"  # LlamaGen's names and shapes
     torch.save({"model": vq.state_dict()}, root / "vq_ds16.pt")
-    net = model.Transformer(model.ModelConfig(*model.SIZES["nano"], num_tokens=16))
-    torch.save({"model": net.state_dict(), "args": argparse.Namespace(image_size=64)}, root / "gpt.pt")
+    net = model.Transformer(model.ModelConfig(*model.SIZES["nano"], num_tokens=4)).eval()
+    torch.save({"model": net.state_dict(), "args": argparse.Namespace(image_size=32)}, root / "gpt.pt")
     run(sample.main, "gpt.pt", "--vq", "vq_ds16.pt", "--classes", 207, 360, "--cfg", 4, "--seed", 3)
-    pixels = sample.sample_images(net.eval(), vq, torch.tensor([207, 360]), 3, cfg=4.0)
-    drawn = sample.image_grid(pixels, 2, ["class 207", "class 360"])
-    assert same_picture(Image.open(root / "samples.png"), drawn)
+    pixels = sample.sample_images(net, vq, torch.tensor([207, 360]), 3, cfg=4.0)
+    assert same_picture("samples.png", sample.image_grid(pixels, 2, ["class 207", "class 360"]))
     refuses_all(sample.main, """
         add --vq                | gpt.pt
         no class-conditional    | vq.pt --vq vq.pt
@@ -1707,8 +1388,7 @@ def test_llamagens_files():
 
 def test_sample_refuses():
     trained_run()
-    vq = tokenizer.load_tokenizer(workshop() / "vq.pt")
-    tokenizer.save_tokenizer(workshop() / "another.pt", tokenizer.VQModel(vq.config))
+    tokenizer.save_tokenizer(workshop() / "another.pt", tokenizer.VQModel(VQ_64))
     refuses_all(sample.main, """
         there is no file none        | none
         another.pt is tokenizer      | runs/trained --vq another.pt
@@ -1722,6 +1402,7 @@ def test_sample_refuses():
         checkpoint.png               | runs/trained --out runs/trained/checkpoint.pt
         cannot write                 | runs/trained --out vq.pt/y.png
         """)
+
 
 
 # ---- probe.py ----------------------------------------------------------------------------------------------
@@ -1755,7 +1436,8 @@ def test_probe_is_sgd_with_momentum_decay_and_a_falling_rate():
     correct, total = probe.evaluate(ours, 3 + x2[:, 3:4], labels2)  # moved: it must not normalise these anew
     for h, (rate, decay) in enumerate(settings[0].tolist()):
         linear = torch.nn.Linear(12, 4)
-        linear.weight.data.zero_(), linear.bias.data.zero_()
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
         plain = torch.nn.Sequential(torch.nn.BatchNorm1d(12, eps=1e-6, affine=False), linear)
         optimizer = torch.optim.SGD(linear.parameters(), rate, 0.9, weight_decay=decay)
         fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 + 0.5 * math.cos(math.pi * i / 9))
@@ -1766,8 +1448,6 @@ def test_probe_is_sgd_with_momentum_decay_and_a_falling_rate():
                 F.cross_entropy(plain(x[rows, 3]), labels[rows]).backward()
                 optimizer.step()
                 fall.step()
-        close("weights", ours.weight.unflatten(-1, (2, 4))[0, :, h], linear.weight.T)
-        close("bias", ours.bias.unflatten(-1, (2, 4))[0, 0, h], linear.bias)
         logits = plain.eval()(3 + x2[:, 3])
         close("loss", total[0, h], F.cross_entropy(logits, labels2, reduction="sum"))
         assert correct[0, h] == (logits.argmax(1) == labels2).sum()
@@ -1790,13 +1470,12 @@ def test_probe_settings_are_chosen_on_other_training_images():
     assert result["accuracy"] == probe.evaluate(whole, x[:99], labels[:99])[0].item() / 99
 
 
-def measured(codes, labels, **settings):
+def measured(codes, labels):
     """A subject, a small model with codes (N, 4, 16) of its images' crops, and what `probe.measure` says."""
     meta = {"classes": list("abcd"), "image_size": 16, "split": "train"}
     caches = [tokenizer.TokenCache(part.astype(np.uint16), labels, meta) for part in (codes, codes[:, :1])]
-    subject = probe.Subject("x", tiny_model(num_classes=4, vocab_size=64),
-                            tokenizer.load_tokenizer(workshop() / "vq.pt"), 2, [1, 2], *caches,
-                            tokenizer.open_images(workshop() / "images"), 1.5, {})
+    subject = probe.Subject("x", tiny_model(num_classes=4, vocab_size=64), our_vq(), 2, [1, 2], *caches,
+                            our_images(), 1.5, {})
     return subject, probe.measure(subject, argparse.Namespace(train_images=0, crops=3, seed=0, images=5))
 
 
@@ -1832,14 +1511,11 @@ def test_measure_averages_over_held_out_images():
     mean = torch.stack([weights.mean((0, 1)) for weights in maps])
     for kind, values in probe.attention_numbers(mean, 4).items():
         close(kind, results["attention"][kind], values)
-
     pixels, codes = probe.crops_and_codes(subject, rows)
     for crops, row in zip(pixels, rows):
         assert np.array_equal(crops[:2], tokenizer.ten_crops(subject.images.read(row), 16, 1.5)[[0, 3]])
         for crop, shift in zip(crops[2:], (0, 1, 2, 4, 8)):
             assert np.array_equal(crop[:, :16 - shift], crops[2][:, shift:])
-    again = tokenizer.encode_pixels(subject.vq, torch.tensor(pixels).flatten(0, 1))
-    close("codes", codes.reshape(35, 16), again)
     for i, shift in enumerate((1, 2, 4, 8)):
         close("changed codes", results["codes_changed"][shift], (codes[:, 3 + i] != codes[:, 2]).mean())
     pairs = [net(torch.tensor(codes[:, v, :-1]), null, layers=(2,)).hidden[2][:, 1::2] for v in (0, 1)]
@@ -1866,38 +1542,34 @@ def test_consistency_and_interval_in_closed_form():
     close("interval", probe.wilson(8, 10), [0.49016, 0.94332], 1e-4)
 
 
-def test_pictures_are_blue_where_they_should_be():
+def test_attention_is_drawn_where_it_goes():
     """Each query looks at its own token: a red frame and a blue square cover the same quarter of the side."""
     subject = measured(np.zeros((44, 4, 16)), np.arange(44) % 4)[0]._replace(layers=[2])
     with patch.object(probe, "attention_maps", return_value=iter([torch.eye(16).expand(1, 3, 16, 16)])):
-        attention = probe.draw_attention([subject], np.array([0]))
-    codes = probe.draw_codes(subject, np.arange(3), {1: 0.1, 2: 0.2, 4: 0.3, 8: 0.4})
-    drawn, changed = ((pixels != pixels[..., :1]).any(-1) for pixels in map(np.asarray, (attention, codes)))
-    assert drawn.sum() == 4 * 36 ** 2 and drawn.any(1).sum() == 4 * 36  # one in each row of the grid
-    assert changed.any() and not changed[:, :changed.shape[1] // 6].any()  # the crop that did not move
+        drawn = np.asarray(probe.draw_attention([subject], np.array([0])))
+    assert (drawn != drawn[..., :1]).any(-1).sum() == 4 * 36 ** 2  # coloured pixels, of four queries
 
 
 def test_probe_script():
-    text, root = run(probe.main, trained_run(), "--layers", "all", "--images", 4), workshop()
-    assert "trained, student weights: linear probe" in text and "  layer 4: " in text
-    results = json.loads((root / "figures" / "probe.json").read_text())
-    one = results["runs"]["trained"]
-    assert results["settings"]["crops"] == 2 and one["step"] == 1 and one["images"] == 4
+    path = workshop() / "figures" / "probe.json"
+    path.parent.mkdir()
+    path.write_text("old")
+    with replaced(path):
+        run(probe.main, trained_run(), "--layers", "all", "--images", 4)
+    one = json.loads(path.read_text())["runs"]["trained"]
+    assert one["step"] == 1 and one["images"] == 4
     assert len(one["probe"]) == 36 and all(r["n"] == 4 for r in one["probe"])  # the held-out images
-    pictures = {path.stem for path in (root / "figures").glob("*.png")}
+    pictures = {picture.stem for picture in path.parent.glob("*.png")}
     assert pictures == {"probe", "attention", "distance", "codes"}
 
 
 def test_probe_refuses():
-    path, saved = trained_run() / "checkpoint.pt", checkpoint("trained")
-    renamed = altered(path, data=saved["data"] | {"classes": list("abcd")})
-    finer = altered(path, data={}, model_config=saved["model_config"] | {"num_tokens": 64}).parent
-    nowhere = altered(path, config=saved["config"] | {"data": ""})
+    saved = checkpoint(trained_run())
+    renamed = altered(trained_run() / "checkpoint.pt", data=saved["data"] | {"classes": list("abcd")})
     refuses_all(probe.main, f"""
         there is no file none       | none
         holds no class-conditional  | vq.pt
         trained with classes        | {renamed}
-        differ in image_size 16 32  | runs/trained {finer}
         same name                   | runs/trained runs/trained
         all                         | runs/trained --layers 9
         --images 1 at least 2       | runs/trained --images 1
@@ -1905,8 +1577,7 @@ def test_probe_refuses():
         cannot write vq.pt          | runs/trained --out vq.pt
         does not exist              | runs/trained --data nowhere
         """)
-    with patch.object(tokenizer, "download", side_effect=ValueError("no network")):
-        refuses(ValueError, "Tiny ImageNet --data no network", run, probe.main, nowhere)
+
 
 
 # ---- fid.py ------------------------------------------------------------------------------------------------
@@ -1925,10 +1596,8 @@ def test_fid_frechet_distance():
         root = scipy.linalg.sqrtm((s1 + 1e-12 * np.eye(40)) @ (s2 + 1e-12 * np.eye(40))).real
         oracle = np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * root)
         close(f"of {n} samples", fid.frechet_distance(mu1, s1, mu2, s2), oracle, 1e-4)
-        close("with itself", fid.frechet_distance(mu1, s1, mu1, s1), 0)
-    refuses(ValueError, "40 39 features", fid.frechet_distance, mu1, s1, mu2[1:], s2[1:, 1:])
-    refuses(ValueError, "negative eigenvalues", fid.frechet_distance, mu1, s1 - 9 * np.eye(40), mu2, s2)
-    refuses(ValueError, "finite", fid.frechet_distance, mu1 * np.nan, s1, mu2, s2)
+    refuses("40 39 features", fid.frechet_distance, mu1, s1, mu2[1:], s2[1:, 1:])
+    refuses("negative eigenvalues", fid.frechet_distance, mu1, s1 - 9 * np.eye(40), mu2, s2)
 
 
 def test_fid_moments_scores_and_bias():
@@ -1945,9 +1614,8 @@ def test_fid_moments_scores_and_bias():
     close("IS", fid.inception_score(p), np.exp(kl))
     deviations = np.array([1, 2, 3])
     seen = [fid.frechet_distance(*gaussian(rng.standard_normal((300, 3)) * deviations),
-                                 *gaussian(rng.standard_normal((700, 3)) * deviations)) for _ in range(2000)]
-    bias = fid.expected_distance(np.diag(deviations ** 2), 300, 700)
-    assert abs(bias / np.mean(seen) - 1) < 0.05, (bias, np.mean(seen))
+                                 *gaussian(rng.standard_normal((700, 3)) * deviations)) for _ in range(500)]
+    close("bias", fid.expected_distance(np.diag(deviations ** 2), 300, 700) / np.mean(seen), 1, 0.04)
 
 
 def test_fid_precision_recall_brute_force():
@@ -1960,31 +1628,27 @@ def test_fid_precision_recall_brute_force():
 
     for real, fake in ((rng.standard_normal((30, 3)), rng.standard_normal((21, 3)) * 0.6 + 0.4),
                        (rng.integers(0, 4, (25, 2)), rng.integers(0, 5, (30, 2)))):  # integers: many ties
-        for k, block in ((3, 500), (1, 7), (5, 30)):
+        for k, block in ((3, 500), (1, 7)):
             expected = inside(fake, real, k), inside(real, fake, k)
             close(f"k = {k}", fid.precision_recall(real, fake, k, block), expected)
     x = rng.standard_normal((20, 600)).astype(np.float32).repeat(5, 0)  # each image five times: radii of zero
     assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 100) == (0, 0)
-    wide, narrow = (fid.Statistics({}, scale * rng.standard_normal((30, 6)), scale) for scale in (1, 0.3))
-    row = fid.compare(wide, narrow)
-    assert row["precision"] == 1 > row["recall"] and row["IS"] == 0.3
 
 
 def test_fid_resize_adm():
-    """TensorFlow 1's bilinear, written as loops over its definition, up and down; exact in float32."""
-    f = np.float32
+    """TensorFlow 1's bilinear from its definition, source = place * length / size, up and down."""
+    def weights(length, size):
+        rows = np.zeros((size, length))
+        for i in range(size):
+            low, share = divmod(i * length / size, 1)
+            rows[i, int(low)] += 1 - share
+            rows[i, min(int(low) + 1, length - 1)] += share
+        return rows
+
     for H, W, size in ((5, 4, 9), (12, 17, 9), (9, 9, 9)):
-        x = np.random.default_rng(H).integers(0, 256, (H, W)).astype(f)
-        out = np.zeros((size, size), f)
-        for i, j in np.ndindex(size, size):
-            y, u = f(i) * (f(H) / f(size)), f(j) * (f(W) / f(size))
-            top, left = int(y), int(u)
-            low, right = min(top + 1, H - 1), min(left + 1, W - 1)
-            upper = x[top, left] + (x[top, right] - x[top, left]) * (u - f(left))
-            lower = x[low, left] + (x[low, right] - x[low, left]) * (u - f(left))
-            out[i, j] = upper + (lower - upper) * (y - f(top))
-        got = fid.resize_adm(torch.from_numpy(x).expand(2, 3, H, W), size)
-        assert got.shape == (2, 3, size, size) and (got[1, 2].numpy() == out).all()
+        x = np.random.default_rng(H).integers(0, 256, (2, 3, H, W))
+        expected = weights(H, size) @ x @ weights(W, size).T
+        close(f"{H} x {W}", fid.resize_adm(torch.from_numpy(x).float(), size), expected)
 
 
 @lru_cache(maxsize=1)
@@ -2025,24 +1689,20 @@ def test_fid_inception_is_pytorch_fids():
     assert tokenizer.digest(layout) == "98efe1f44183bf67"  # pytorch-fid's names and shapes
     noise = np.frombuffer(np.random.RandomState(1).bytes(299 * 299 * 3), np.uint8).reshape(1, 299, 299, 3)
     pixels = noise // 4 + np.linspace(0, 190, 299).astype(np.uint8)[:, None, None]  # 299 px: not resized
-    inside = []
+    inside, seen, small = [], [], noise[:, :5, :7]
     network.Mixed_6d.register_forward_hook(lambda module, args, output: inside.append(output))
     for resize, golden in PYTORCH_FID.items():
-        for _ in range(2):
-            found = fid.inception_extractor(network, resize)(pixels)
-            got = [found.pool.mean(), found.pool.std(), found.pool[:, -192:].mean(), found.spatial.mean(),
-                   found.probabilities.max()]
-            assert np.allclose(got, golden, rtol=1e-4, atol=0), (resize, got)
-            network.fc.bias.copy_(torch.randn(1008))  # the probabilities do not see it
+        found = fid.inception_extractor(network, resize)(pixels)
+        got = [found.pool.mean(), found.pool.std(), found.pool[:, -192:].mean(), found.spatial.mean(),
+               found.probabilities.max()]
+        assert np.allclose(got, golden, rtol=1e-4, atol=0), (resize, got)
+        network.fc.bias.copy_(torch.randn(1008))  # the probabilities do not see it
     places_first = inside[-1][:, :7].flatten(2).mT.flatten(1)  # as ADM's statistics have them
     assert found.spatial.shape == (1, 2023) and torch.equal(found.spatial, places_first)
-    seen, small = [], noise[:, :5, :7]
     network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     fid.inception_extractor(network, "pytorch-fid")(small)
     x = torch.from_numpy(small).movedim(-1, 1).float()
     close("pytorch-fid's input", seen[0], F.interpolate(x, (299, 299), mode="bilinear") / 127.5 - 1)
-    wrong = altered(inception_weights(), **{"fc.weight": torch.zeros(1000, 2048)})
-    refuses(ValueError, "inception.pth InceptionV3 fc.weight", fid.load_inception, wrong, "")
 
 
 def mean_features(pixels):
@@ -2052,108 +1712,65 @@ def mean_features(pixels):
     return fid.Features(pool.float(), pool[:, :2].float(), x.mean((1, 2)).softmax(1))
 
 
-def test_fid_sides_and_statistics():
-    """npz and folder give the same pixels; no number depends on the batch; ADM's own statistics are used."""
-    folder, labels = scratch(), np.array([0, 1, 1, 2, 0, 0, 2, 2, 1, 0, 1])
+def test_fid_statistics():
+    """No number depends on the batch; ADM's splits and its labels; no image is left out."""
+    path, labels = scratch() / "x.npz", np.array([0, 1, 1, 2, 0, 0, 2, 2, 1, 0, 1])
     pixels = np.random.default_rng(3).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{i:02d}.png")
-    np.savez_compressed(folder / "x.npz", arr_0=pixels, arr_1=labels)
-    side, flat = fid.npz_side(folder / "x.npz"), fid.open_samples(str(folder))
-    assert (np.concatenate(list(flat.batches(4))) == pixels[fid.mixed(11)]).all()
-    exact, p = mean_features(pixels), mean_features(pixels).probabilities.numpy()
-    with patch.object(fid, "SPLIT", 4):  # the shorter last split counts like the others
-        a, b = (fid.feature_statistics(side, mean_features, batch, 5) for batch in (1, 3))
-    for got in (a, b):
+    np.savez_compressed(path, arr_0=pixels, arr_1=labels)
+    exact = mean_features(pixels)
+    p = exact.probabilities.numpy()
+    for batch in (1, 3):
+        with patch.object(fid, "SPLIT", 4):  # the shorter last split counts like the others
+            got = fid.feature_statistics(fid.npz_side(path), mean_features, batch, 5)
         close("mean", got.moments["mu"], exact.pool.mean(0))
         close("spatial covariance", got.moments["sigma_s"], gaussian(exact.spatial.numpy())[1])
         close("agreement", got.agreement, np.mean(p.argmax(1) == labels))
         close("IS", got.score, np.mean([fid.inception_score(p[i:i + 4]) for i in (0, 4, 8)]))
         close("evenly spaced", got.features, exact.pool[[0, 2, 5, 7, 10]])
-    row = fid.compare(a, b)
-    close("with itself", [row["FID"], row["sFID"], row["precision"], row["recall"]], [0, 0, 1, 1])
-    np.savez(folder / "x.npz", arr_0=pixels, mu=a.moments["mu"] + 1, sigma=a.moments["sigma"])
-    again = fid.feature_statistics(fid.npz_side(folder / "x.npz"), mean_features)
-    close("the file's mean", again.moments["mu"], a.moments["mu"] + 1)
-    for words, arrays in (("neither", dict(images=pixels)), ("float32", dict(arr_0=pixels.astype("f4"))),
-                          ("labels (3,)", dict(arr_0=pixels, arr_1=labels[:3])),
-                          ("finite", dict(mu=np.zeros(3), sigma=np.full((3, 3), np.nan))),
-                          ("allow_pickle", dict(arr_0=pixels, classes=np.array([None])))):  # could run code
-        np.savez(folder / "x.npz", **arrays)
-        refuses(ValueError, f"x.npz {words}", fid.npz_side, folder / "x.npz")
-    (folder / "10.png").write_bytes(b"no picture")
-    refuses(ValueError, "10.png", list, flat.batches(4))
-    Image.new("RGB", (8, 9)).save(folder / "10.png")
-    refuses(ValueError, "different sizes --image-size", list, fid.open_samples(str(folder)).batches(4))
-    read = [Image.new("RGB", (8, 8)).copy] * 99 + [lambda: tokenizer.decode_image(b"", "bad.png")]
-    many = tokenizer.ImageSet("x", "", [""] * 100, np.zeros(100, int), [], "", lambda i: read[i]())
-    refuses(ValueError, "no image out: bad.png", list, fid.image_side(many).batches(50))  # though one in 100
+    for words, arrays in (("float32", dict(arr_0=pixels.astype("f4"))),
+                          ("labels (3,)", dict(arr_0=pixels, arr_1=labels[:3]))):
+        np.savez(path, **arrays)
+        refuses(f"x.npz {words}", fid.npz_side, path)
+    many = fid.image_side(with_unreadable(3))
+    refuses("no image out: 3.png", list, many.batches(50))  # though it is only one in 132
 
 
 def a_real_side(split="train"):
-    return fid.in_memory(fid.image_side(tokenizer.open_images(workshop() / "images", split), 16))
+    return fid.in_memory(fid.image_side(our_images(split), 16))
 
 
 def test_fid_halves_and_floor():
     """The halves share no image and leave none out; the floor is evenly spaced; in no order of folders."""
-    images, vq = tokenizer.open_images(workshop() / "images"), tokenizer.load_tokenizer(workshop() / "vq.pt")
-    whole = a_real_side()
-    for counts, expected in (([60, 50], 22), ([60, 9], 9), ([], 22)):
+    images, whole = our_images(), a_real_side()
+    for counts, expected in (([60, 50], 22), ([60, 9], 9)):
         half, others = (fid.in_memory(side) for side in fid.real_halves(images, 16, None, counts))
         a, b, both = ([x.tobytes() for x in side.pixels] for side in (half, others, whole))
         assert sorted(a + b) == sorted(both) and len(a) == expected and b != sorted(b, key=both.index)
-    for counts, expected in (([], 44), ([60, 20], 20)):
-        floor, rows = fid.the_floor(images, 16, vq, counts), np.linspace(0, 43, expected).astype(int)
-        decoded = tokenizer.reconstruct(vq, torch.from_numpy(whole.pixels[rows])).numpy()
-        order = fid.mixed(len(rows))
-        assert (floor.pixels == decoded[order]).all() and (floor.labels == whole.labels[rows][order]).all()
-        assert sorted(order) != order.tolist()
-    inverted = tokenizer.replace(whole, batches=lambda batch: [255 - whole.pixels])
-    assert fid.in_memory(inverted).fingerprint != whole.fingerprint == fid.in_memory(whole).fingerprint
+    floor, rows = fid.the_floor(images, 16, our_vq(), [20]), np.linspace(0, 43, 20).astype(int)[fid.mixed(20)]
+    decoded = tokenizer.reconstruct(our_vq(), torch.from_numpy(whole.pixels[rows]))
+    assert (floor.pixels == decoded.numpy()).all() and (floor.labels == whole.labels[rows]).all()
 
 
 def test_fid_classifier():
-    """Of the training images alone, twice the same, whole or not there; its accuracy is that on others."""
-    for size in (8, 28, 250):
-        assert fid.Classifier(5, size).eval()(torch.zeros(1, 3, size, size))[1].shape == (1, 5)
-    side, held_out, cache, before = a_real_side(), a_real_side("val"), scratch(), torch.get_rng_state()
+    """Of the training images alone, twice the same; its accuracy is that on others."""
+    side, held_out = a_real_side(), a_real_side("val")
     trained = fid.train_classifier(side, 12)
-    assert torch.equal(before, torch.get_rng_state())
     found = fid.classifier_extractor(trained)(held_out.pixels).probabilities
     logits = trained(tokenizer.to_float(torch.from_numpy(held_out.pixels)))[1]
     close("probabilities", found, logits.softmax(1))
-    held_out = tokenizer.replace(held_out, labels=found.argmax(1).numpy() + (np.arange(4) == 0))  # 3 of 4
-
-    def half_written(content, file):
-        (file if hasattr(file, "write") else open(file, "wb")).write(b"half")
-        raise OSError("disk full")
-
-    with patch.object(torch, "save", half_written):
-        refuses(OSError, "disk full", fid.find_classifier, side, held_out, 12, cache)
-    assert not list(cache.iterdir())
-    path = fid.find_classifier(side, held_out, 12, cache)
-    network, line = fid.load_classifier(path, side)
+    held_out = replace(held_out, labels=found.argmax(1).numpy() + (np.arange(4) == 0))  # right on 3 of 4
+    network, line = fid.load_classifier(fid.find_classifier(side, held_out, 12, scratch()), side)
     assert same(network.state_dict(), trained.state_dict())
     assert f"on 44 images of {side.name}" in line and "right on 75.0% of 4 held-out" in line
-    with patch.object(fid, "train_classifier", return_value=trained):  # the file is found, and not for others
-        others = tokenizer.replace(side, fingerprint="other pixels")
-        assert path == fid.find_classifier(side, held_out, 12, cache)
-        assert path != fid.find_classifier(others, held_out, 12, cache)
-    others = tokenizer.replace(side, classes=[*"abcd"])
-    refuses(ValueError, f"{path.name} other classes", fid.load_classifier, path, others)
 
 
 def test_what_the_classifier_learns_from():
-    """All shifts up to an eighth and both flips, each with its label."""
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)  # no two pixels alike
-    side = tokenizer.replace(a_real_side(), pixels=np.stack([ramp, 255 - ramp]), labels=np.arange(2), count=2)
-    padded = np.pad(side.pixels, ((0, 0), (2, 2), (2, 2), (0, 0)), "reflect")
-    known = {padded[label, y:y + 16, x:x + 16][:, ::flip].tobytes(): (label, y, x, flip)
-             for label in (0, 1) for y in range(5) for x in range(5) for flip in (1, -1)}
-    pixels, labels = map(np.concatenate, zip(*fid.training_batches(side, 32, 32)))
-    found = [known[image.tobytes()] for image in pixels]
-    assert [label for label, *_ in found] == labels.tolist() and labels.mean() == 0.5
-    assert len({tuple(place) for _, *place in found}) == 50
+    """Images shifted and mirrored, upright, each with its label."""
+    side = a_real_side()
+    side.pixels[:, 8:] = 0
+    side.pixels[:, :8] = 100 + side.labels[:, None, None, None]  # light above, dark below
+    for pixels, labels in fid.training_batches(side, 3, 32):
+        assert (pixels[:, 4] == 100 + labels[:, None, None]).all() and not pixels[:, 11].any()
 
 
 def scores(*argv):
@@ -2165,37 +1782,29 @@ def scores(*argv):
 
 def test_fid_scores_samples_halves_and_the_floor():
     """fid.py from its command line: many rows, and decoded images as the reference of a named classifier."""
-    root, side, images = workshop(), a_real_side(), tokenizer.open_images(workshop() / "images")
-    vq = tokenizer.load_tokenizer(root / "vq.pt")
+    root, side, vq = workshop(), a_real_side(), our_vq()
     np.savez(root / "good.npz", arr_0=side.pixels, arr_1=side.labels, classes=side.classes)
     np.savez(root / "few.npz", arr_0=side.pixels[:9])
     np.savez(root / "decoded.npz", arr_0=tokenizer.reconstruct(vq, torch.from_numpy(side.pixels)))
     (root / "scores.json").write_text("old")
-    os.link(root / "scores.json", root / "link.json")
-    real, tokens = ["--real", "images", "--features", "classifier"], ["--vq", "vq.pt"]
-    told, rows = scores(*real, *tokens, "--classifier-steps", 10,
-                        "--fake", "good.npz", "few.npz", "real-half", "reconstructions")
-    assert (root / "link.json").read_text() == "old"  # written beside it and renamed, never in place
-    assert list(rows) == ["good.npz", "few.npz", "real-half", "reconstructions (the floor)"]
+    real = ["--real", "images", "--features", "classifier", "--vq", "vq.pt"]
+    with replaced(root / "scores.json"):
+        told, rows = scores(*real, "--classifier-steps", 10,
+                            "--fake", "good.npz", "few.npz", "real-half", "reconstructions")
     good, few, half, floor = rows.values()
     assert abs(good["FD-c"]) < 1e-4 < floor["FD-c"]  # good.npz holds the training images themselves
+    assert few["precision-c"] == 1 > few["recall-c"]
     assert few["class agreement"] is None is half["class agreement"] and floor["class agreement"] <= 1
     path = re.search(r"classifier: (\S+);", told)[1]
     extract = fid.classifier_extractor(fid.load_classifier(root / path, side)[0])
-    halves = fid.real_halves(images, 16, None, [44, 9])
-    nine, others = (fid.feature_statistics(some, extract) for some in halves)
-    for name, value in fid.compare(others, nine, "-c").items():
-        assert name == "class agreement" or abs(half[name] - value) < 1e-4, name
-    bias = fid.expected_distance(fid.feature_statistics(side, extract).moments["sigma"], 9, 35)
-    for words in ("the other 35 images", f"9 and 35 images, would be about {bias:.3f}", "not recorded",
-                  "on 44 images of images train (", "cropped to 16 px", "class0/00.png to class3/11.png", "50,000"):
-        assert words in told, words
-    decoded = [*real, *tokens, "--reference", "reconstructions", "--classifier", path]
-    again, rows = scores(*decoded, "--fake", "decoded.npz", "real-half")
-    assert f"images train decoded by tokenizer {tokenizer.fingerprint(vq)}, 44 images" in again
-    assert re.search("features: .*", again)[0] == re.search("features: .*", told)[0]
+    nine, others = (fid.feature_statistics(some, extract)
+                    for some in fid.real_halves(our_images(), 16, None, [44, 9]))
+    close("FD-c of a half", half["FD-c"], fid.compare(others, nine, "-c")["FD-c"], 1e-4)
+    told, rows = scores(*real, "--reference", "reconstructions", "--classifier", path,
+                        "--fake", "decoded.npz")
     row = rows["decoded.npz"]  # the reference itself
     assert abs(row["FD-c"]) < 1e-4 and row["precision-c"] == row["recall-c"] == 1
+    assert f"images train decoded by tokenizer {tokenizer.fingerprint(vq)}, 44 images" in told
 
 
 def test_fid_of_two_folders_and_of_foreign_statistics():
@@ -2207,15 +1816,13 @@ def test_fid_of_two_folders_and_of_foreign_statistics():
         for i, image in enumerate(images):
             Image.fromarray(image).save(root / folder / f"{i}.png")
     extract = fid.inception_extractor(fid.load_inception(weights, "")[0], "pytorch-fid")
-    (mu1, s1), (mu2, s2) = (gaussian(extract(images).pool.double().numpy()) for images in pixels)
-    settings = ["--weights", "inception.pth", "--resize", "pytorch-fid", "--fake", "b"]
-    told, rows = scores("--real", "a", *settings)
-    close("FID", rows["b"]["FID"], fid.frechet_distance(mu1, s1, mu2, s2), 1e-4)
-    assert "real: a, 4 images of 9 x 8" in told
-    np.savez(root / "theirs.npz", mu=mu1, sigma=s1)
-    told, again = scores("--real", "theirs.npz", *settings)
-    close("FID", again["b"]["FID"], rows["b"]["FID"], 1e-4)
-    assert "those of pytorch-fid" in told and again["b"]["precision"] is None
+    real, fake = (gaussian(extract(images).pool.double().numpy()) for images in pixels)
+    np.savez(root / "theirs.npz", mu=real[0], sigma=real[1])
+    settings = ["--weights", "inception.pth", "--fake", "b"]
+    for name, words in (("a", "real: a, 4 images of 9 x 8"), ("theirs.npz", "those of pytorch-fid")):
+        told, rows = scores("--real", name, *settings, "--resize", "pytorch-fid")
+        close(f"FID to {name}", rows["b"]["FID"], fid.frechet_distance(*real, *fake), 1e-4)
+        assert words in told
 
 
 def test_fid_likely_mistakes():
@@ -2225,14 +1832,12 @@ def test_fid_likely_mistakes():
     np.savez(root / "eight.npz", arr_0=images, arr_1=np.array([0, 1, 2, 9]))
     np.savez(root / "fish.npz", arr_0=images, classes=[*"abc", "fish"])
     np.savez(root / "six.npz", arr_0=images[:, :6])
-    (root / "note.npz").write_text("not at all what was expected\n")
     refuses_all(fid.main, """
         required: --fake             | --real images
         is empty                     | --real images --fake=
         need a folder                | --real eight.npz --fake real-half
         need a folder                | --real eight.npz --fake six.npz --subset none.txt
         does not exist               | --real nowhere --fake eight.npz
-        note.npz is damaged          | --real note.npz --fake eight.npz
         squares 8 x 6                | --real images --fake six.npz
         sizes 16 x 16 8 x 8          | --real images --fake eight.npz --image-size 16
         other classes                | --real images --fake eight.npz --features classifier
@@ -2246,14 +1851,8 @@ def test_fid_likely_mistakes():
     assert not (root / "no-work").exists()
 
 
+
 # ---- Bad input: every script's command line, and damaged files ---------------------------------------------
-
-def test_what_works_in_one_process_alone():
-    """The second process of torchrun ends at once, well, whatever it is asked for."""
-    with patch.dict(os.environ, RANK="1", WORLD_SIZE="2"):
-        assert run(fid.main, "--real", "nowhere") == ""
-        assert run(tokenizer.main, "train", "--data", "nowhere", "--out", "nothing.pt") == ""
-
 
 class Hostile:
     """A pickle of this leaves a folder, `ran` in the workshop, where it is read carelessly."""
@@ -2269,24 +1868,19 @@ def test_damaged_files_are_refused():
     np.savez(root / "samples.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=np.arange(4))
     torch.save({"model": Hostile()}, root / "hostile.pt")
     hostile = (root / "hostile.pt").read_bytes()
-    trained, resume = "runs/trained", "--name trained --resume"
-    scoring = "--real images --image-size 8 --fake samples.npz"
-    for file, readers in {
-        folder / "checkpoint.pt": {sample.main: trained, probe.main: trained, train.main: resume},
-        folder / "tokenizer.pt": {sample.main: trained, train.main: resume},
-        cache / "tokens.npy": {probe.main: trained, train.main: resume},
-        root / "samples.npz": {fid.main: scoring},
-    }.items():
+    for file, words, main, arguments in (
+        (folder / "checkpoint.pt", "checkpoint.pt", sample.main, "runs/trained"),
+        (folder / "checkpoint.pt", "checkpoint.pt", train.main, "--name trained --resume"),
+        (folder / "tokenizer.pt", "tokenizer.pt", train.main, "--name trained --resume"),
+        (cache / "tokens.npy", cache.name, probe.main, "runs/trained"),
+        (root / "samples.npz", "samples.npz", fid.main, "--real images --image-size 8 --fake samples.npz"),
+    ):
         whole = file.read_bytes()
         for damaged in (b"", whole[:len(whole) // 2], b"not at all\n", hostile):
             file.write_bytes(damaged)
-            for main, arguments in readers.items():
-                words = cache.name if file.parent.name == cache.name else file.name
-                refuses_all(main, f"{words} | {arguments}")
+            refuses_all(main, f"{words} | {arguments}")
         file.write_bytes(whole)
     assert not (root / "ran").exists()
-    torch.load(root / "hostile.pt", weights_only=False)  # carelessly
-    assert (root / "ran").exists()
 
 
 def test_a_mistake_is_one_line_on_the_screen():
@@ -2295,8 +1889,24 @@ def test_a_mistake_is_one_line_on_the_screen():
                          ("train", "--preset", "nano", "--device", "banana"), ("sample", "none.pt"),
                          ("probe", "none.pt"), ("fid", "--real", "none", "--fake", "none")):
         path = str(HERE / f"{name}.py")
-        with patch.object(sys, "argv", [path, *words]):
-            refuses(SystemExit, f"{name}.py: ", runpy.run_path, path, run_name="__main__")
+        with patch.object(sys, "argv", [path, *words]), patch.dict(sys.modules, fcntl=None):  # as on Windows
+            refuses(f"{name}.py: ", runpy.run_path, path, run_name="__main__")
+
+
+# ---- results/ ----------------------------------------------------------------------------------------------
+
+def test_table_of_results():
+    """Three invented lines: means with half intervals by Student's t, and differences seed by seed."""
+    made = runpy.run_path(str(HERE / "results" / "table.py"))  # which reads the real runs and writes nothing
+    lines = {"AR": {0: 1.0, 1: 2.0, 2: 6.0}, "ST-AR": {0: 2.5, 2: 9.5}}
+    text = made["table"](lines, {"score": (lambda line: 10 * line, 1)}, "AR")
+    share = 0.975
+    t = (2 * share - 1) / math.sqrt(2 * share * (1 - share))  # its quantile for two degrees of freedom
+    half = t * math.sqrt((20 ** 2 + 10 ** 2 + 30 ** 2) / 2 / 3)  # around the mean of 30
+    for row in (f"| AR | 3 | 30.0 ± {half:.1f} |", "| ST-AR | 2 | 25.0, 95.0 |",
+                "| *ST-AR, less AR* | 2 | +15.0, +35.0 |"):
+        assert row in text.splitlines(), text
+    assert made["cell"]([7.0, math.nan], 2) == ""
 
 
 # ---- Documents ---------------------------------------------------------------------------------------------
@@ -2305,33 +1915,23 @@ DOCUMENTS = {path: path.read_text("utf-8") for path in sorted({*HERE.glob("*.md"
 SCRIPTS = "fid|losses|model|probe|sample|tokenizer|train"
 
 
-def anchors(text):
-    """What #links may point to: the headings, as GitHub writes them."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
-    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
-
-
 def test_documents_name_what_exists():
-    """Every function `script.name`, every file and heading that is linked, every flag of a command."""
+    """Every function `script.name`, every file that is linked, every flag of a command."""
     texts = DOCUMENTS | {HERE / "losses.py": losses.__doc__, HERE / "probe.py": probe.__doc__}
     for path, text in texts.items():
         for script, name in re.findall(rf"(?:`|  )({SCRIPTS})\.(?!py|pt|json)(\w+)", text):
             assert hasattr(sys.modules[script], name), f"{path.name}: there is no {script}.{name}"
-        for link in re.findall(r"\]\(([^):]+)\)", text):
-            file, _, heading = link.partition("#")
-            target = path.parent / file if file else path
-            assert target.exists(), f"{path.name}: no file {link}"
-            assert not heading or heading in anchors(DOCUMENTS[target.resolve()]), f"{path.name}: no {link}"
+        for link in re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", text):
+            assert (path.parent / link).exists(), f"{path.name}: no file {link}"
     for script in ("fid", "probe", "sample", "tokenizer", "train"):
         said = io.StringIO()
-        for command in ([], ["train"]) if script == "tokenizer" else ([],):
-            with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-                sys.modules[script].main([*command, "--help"])
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            sys.modules[script].main(["--help"])
         known = set(re.findall(r"--[\w-]+", said.getvalue()))
         for path, text in DOCUMENTS.items():
             for words in re.findall(rf"{script}\.py((?: \\\n|[^`\n#|;&])*)", text):
-                for flag in re.findall(r"--[a-z][\w-]*", words):
-                    assert flag in known, f"{path.name}: {script}.py has no {flag}"
+                unknown = set(re.findall(r"--[a-z][\w-]*", words)) - known
+                assert not unknown, f"{path.name}: {script}.py has no {unknown}"
 
 
 def test_exercises_fit_the_code():
@@ -2393,7 +1993,7 @@ def cuda_test_all_gpus_equal_the_cpu():
     trained_run()
     processes = max(n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count())
     settings = [*SMALL, "--device", "cuda", "--name", "nccl", "--steps", 1]
-    finish(launch("train.py", *settings, processes=processes))
+    assert finish(launch("train.py", *settings, processes=processes))
     for name, value in metrics("trained")[0].items():
         if "loss" in name or name == "negatives":
             close(name, metrics("nccl")[0][name], value, 0.02)
@@ -2401,32 +2001,7 @@ def cuda_test_all_gpus_equal_the_cpu():
 
 # ---- Stress: python test_all.py --stress -------------------------------------------------------------------
 
-def killed(folder, world, seconds, script, *argv):
-    """Run a script as `world` processes, which must succeed; after so many seconds kill all and return True.
-
-    They find each other without torchrun, which would not take its processes along.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), OMP_NUM_THREADS="1",
-                     WORLD_SIZE=str(world))
-    command, processes, end = [sys.executable, HERE / script, *words_for_cpu(argv)], [], time.time() + seconds
-    for rank in map(str, range(world)):
-        with open(folder / f"log-{rank}", "w") as log:
-            processes.append(subprocess.Popen(command, cwd=folder, stdout=log, stderr=log,
-                                              env=os.environ | place | dict(RANK=rank, LOCAL_RANK=rank)))
-    while None in (codes := [process.poll() for process in processes]) or any(codes):
-        assert not any(codes), "".join(log.read_text()[-2000:] for log in folder.glob("log-*"))
-        if time.time() > end:
-            for process in processes:
-                process.kill()
-                process.wait()
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def job(world, moments=()):
+def job(processes, moments=()):
     """Tokenizer, codes, training and samples, killed after each of these seconds: what is left, and kills."""
     folder, kills = scratch(), 0
     training = ["train.py", *TINY, "--name", "job", "--data", workshop() / "images", "--codes", 64,
@@ -2435,74 +2010,66 @@ def job(world, moments=()):
     for command in (training, sampling):
         for seconds in [*moments, math.inf]:
             begun = command is training and (folder / "runs/job/checkpoint.pt").exists()
-            if not killed(folder, world, seconds, *command, *["--resume"] * begun):
+            end = time.time() + seconds
+            started = launch(*command, *["--resume"] * begun, processes=processes, folder=folder)
+            if finish(started, lambda: time.time() > end):
                 break
             kills += 1
-    states, lines = checkpoint(folder / "runs/job"), metrics(folder / "runs/job")
-    left = [states[key] for key in ("model", "ema", "projector", "optimizer", "step", "data")]
-    left += [line | {"tokens_per_second": 0} for line in lines]  # all but the clock
-    with np.load(folder / "job.npz") as file:
-        return left + [file[key].tolist() for key in file.files], kills
+    states, images = checkpoint(folder / "runs/job"), np.load(folder / "job.npz")["arr_0"].tolist()
+    losses_of_steps = [line["loss"] for line in metrics(folder / "runs/job")]
+    return [states[key] for key in STATE] + [images, losses_of_steps], kills
 
 
 def stress_killed_thirty_times():
     """Weights, metrics and samples of a job that is killed again and again are those of one left in peace."""
     rng, kills = np.random.default_rng(0), 0
-    for world in (1, 2):
+    for processes in (1, 2):
         start = time.time()
-        whole, _ = job(world)
+        whole, _ = job(processes)
         seconds = time.time() - start
-        while kills < 15 * world:
-            left, more = job(world, rng.uniform(0, seconds, 8))
-            assert same(left, whole), f"{world} process(es), {more} kills"
+        while kills < 15 * processes:
+            left, more = job(processes, rng.uniform(0, seconds, 8))
+            assert same(left, whole), f"{processes} process(es), {more} kills"
             kills += more
     return f"{kills} kills of jobs of 1 and 2 processes, all ended bit-identical"
 
 
 def stress_one_two_and_four_processes():
-    """50 steps of the same global batch: losses, and the way of all weights and of the teacher's, to 1e-4."""
-    lines, ends = [], []
-    for name in (f"world-{world}" for world in (1, 2, 4)):
+    """50 steps of the same global batch: all losses to 1e-4."""
+    for name in ("world-1", "world-2", "world-4"):
         settings = [*SMALL, "--steps", 50, "--save-every", 50, "--name", name]
-        killed(workshop(), int(name[-1]), math.inf, "train.py", *settings)
-        lines.append(metrics(name))
-        ends.append(checkpoint(name))
-    torch.manual_seed(0)  # as train.py begins
-    start = model.Transformer(model.ModelConfig(**ends[0]["model_config"])).state_dict()
-    worst = {}
-    for kind in ("model", "ema"):
-        first, *others = (torch.cat([(end[kind][name] - start[name]).flatten() for name in start])
-                          for end in ends)
-        worst[kind] = max((other - first).norm().item() for other in others) / first.norm().item()
-    worst["losses"] = max(abs(b[name] - a[name]) / abs(a[name]) for other in lines[1:]
-                          for a, b in zip(lines[0], other, strict=True) for name in a if "loss" in name)
-    assert max(worst.values()) < 1e-4, worst
-    return f"largest relative differences over 50 steps: {worst}"
+        assert finish(launch("train.py", *settings, processes=int(name[-1])))
+    worst = max(abs(b[name] / a[name] - 1)
+                for other in ("world-2", "world-4")
+                for a, b in zip(metrics("world-1"), metrics(other), strict=True)
+                for name in a if "loss" in name)
+    assert worst < 1e-4, worst
+    return f"largest relative difference of a loss in 50 steps: {worst}"
 
 
 # ---- The runner --------------------------------------------------------------------------------------------
 
 def main():
-    words, failed, skipped = [word for word in sys.argv[1:] if word != "--stress"], [], []
+    words, failed, skipped = [word for word in sys.argv[1:] if word != "--stress"], 0, 0
     kinds = "stress_" if "--stress" in sys.argv else ("test_", "cuda_test_")
-    tests = {name: test for name, test in globals().items()
-             if name.startswith(kinds) and any(word in name for word in words or [""])}
-    for name, test in tests.items():
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            skipped.append(name)
+    tests = [test for name, test in globals().items()
+             if name.startswith(kinds) and any(word in name for word in words or [""])]
+    for test in tests:
+        if test.__name__.startswith("cuda") and not torch.cuda.is_available():
+            skipped += 1
             continue
         start, printed, found, result = time.time(), io.StringIO(), None, "ok    "
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                 found = test()
         except (Exception, SystemExit):
-            failed.append(name)
+            failed += 1
             result, found = "FAILED", f"{printed.getvalue()[-2000:]}\n{traceback.format_exc()}"
-        title = name.partition("_")[2].replace("_", " ")
+        title = test.__name__.partition("_")[2].replace("_", " ")
         print(f"{result} {time.time() - start:5.1f} s  {title}", *[found] * bool(found), sep="\n", flush=True)
     if skipped:
-        print(f"no GPU here: {len(skipped)} test(s) skipped")
-    print(f"{len(tests) - len(failed) - len(skipped)} passed, {len(failed)} failed")
+        print(f"no GPU here: {skipped} test(s) skipped")
+    print(f"{len(tests) - failed - skipped} passed, {failed} failed")
     sys.exit(bool(failed))
 
 
