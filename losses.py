@@ -75,8 +75,8 @@ def mim_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
         L_MIM = 1/T sum_t D(h_t, h'_t),   D(a, b) = 1 - a.b / (|a| |b|)                                (Eq. 4)
 
-    h: student, keys masked; h', the target: teacher, nothing masked, detached here; both on the same tokens, at
-    all positions: keys are missing, tokens are not. In float32, also under autocast.
+    h: student, keys masked; h', the target: teacher, nothing masked, detached here; both on the same tokens,
+    at all positions: keys are missing, tokens are not. In float32, also under autocast.
     our choice: the raw block output, before the final norm.
     """
     return 1 - F.cosine_similarity(student.float(), target.float().detach(), dim=-1).mean()

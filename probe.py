@@ -430,7 +430,8 @@ def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> 
     if data == "" and args.data is None:  # Tiny ImageNet, as for train.py, but no other images instead
         data = tokenizer.TINY_IMAGENET[1]
         try:
-            tokenizer.download(*tokenizer.TINY_IMAGENET)
+            if not tokenizer.shipped(data).exists():
+                tokenizer.download(*tokenizer.TINY_IMAGENET)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} was trained on Tiny ImageNet: put it at {data}, or name it with "
                              f"--data; {error}") from None

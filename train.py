@@ -618,7 +618,9 @@ def main(argv: list[str] | None = None) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     checkpoint = {"step": 0}
     if resume:
-        checkpoint = sample.load_checkpoint(config.folder / "checkpoint.pt", whole=True)
+        checkpoint = tokenizer.read_weights(config.folder / "checkpoint.pt")
+        if not {"optimizer", "config", "data"} <= checkpoint.keys():
+            raise ValueError(f"{config.folder}/checkpoint.pt holds weights alone: no run can go on from it.")
         config = resumed_config(config, given, checkpoint["config"])
     check_config(config, world)
     data = from_first(lambda: tokenizer.find_images(config.data))
