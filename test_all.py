@@ -2,7 +2,7 @@
 
     python test_all.py            # everything, offline, some 90 seconds on two quiet cores
     python test_all.py nce mask   # only tests whose name contains one of these words
-    python test_all.py --stress   # instead: a job killed thirty times; 1, 2 and 4 processes compared
+    python test_all.py --stress   # instead: a training that is killed thirty times
 
 Collected by pytest, too, but for those of a GPU. The last line is "N passed, N failed".
 """
@@ -29,7 +29,6 @@ import time
 import traceback
 import zipfile
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -168,17 +167,17 @@ def tiny_model(seed=0, **changes):
     return net
 
 
-def some_tokens(batch=3, count=15, vocab=11, seed=1):
-    g = torch.Generator().manual_seed(seed)
+def some_tokens(batch=3, count=15, vocab=11):
+    g = torch.Generator().manual_seed(1)
     return torch.randint(vocab, (batch, count), generator=g), torch.randint(5, (batch,), generator=g)
 
 
-def write_images(root, classes=4, each=12, size=32, seed=0):
+def write_images(root, classes=4, each=12):
     """root/<class>/<i>.png of the built-in shapes."""
     for label in range(classes):
         (root / f"class{label}").mkdir(parents=True, exist_ok=True)
         for i in range(each):
-            tokenizer.draw_shape(label, (seed, label, i), size).save(root / f"class{label}" / f"{i:02d}.png")
+            tokenizer.draw_shape(label, (0, label, i), 32).save(root / f"class{label}" / f"{i:02d}.png")
 
 
 VQ_64 = replace(tokenizer.VQ_DS4, codebook_size=64)
@@ -250,7 +249,7 @@ def same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return same(sorted(a.items()), sorted(b.items()))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
@@ -290,6 +289,9 @@ def test_reader_layouts():
     train_set, val = splits(root / "plain")
     assert len(train_set) == 44 and not set(train_set.names) & set(val.names)
     assert val.labels.tolist() == [0, 1, 2, 3]
+    (root / "list.txt").write_bytes(b"\xef\xbb\xbfclass3\r\n\r\n class1 \r\nclass3")  # as Windows writes it
+    few, _ = splits(root / "plain", root / "list.txt")
+    assert few.classes == ["class1", "class3"] and len(few) == 22
     for names in (("Train", "Val"), ("training", "testing")):
         for name, each in zip(names, (3, 2)):
             write_images(root / names[0] / "around" / name, each=each)
@@ -321,30 +323,15 @@ def test_reader_is_not_fooled():
     refuses("half.zip complete zip", tokenizer.open_images, root / "half.zip")
 
 
-def test_subset_equals_a_pack_of_these_classes():
-    """Same names, labels and fingerprints whether classes are chosen by a list or by packing them alone."""
-    root = scratch()
-    write_images(root / "few")
-    everything = pack(root / "few", root / "all.zip")
-    for other in ("class0", "class2"):
-        shutil.rmtree(root / "few" / other)
-    (root / "list.txt").write_bytes(b"\xef\xbb\xbfclass3\r\n\r\n class1 \r\nclass3")  # as Windows writes it
-    few = splits(pack(root / "few", root / "few.zip"))
-    for a, b in zip(few, splits(everything, root / "list.txt")):
-        assert a.fingerprint == b.fingerprint and b.classes == ["class1", "class3"]
-
-
-def test_pictures_of_every_kind():
-    """Upright as EXIF says; what could run a program or fill the memory stays closed."""
+def test_pictures_are_upright():
+    """As their EXIF says; what is no picture, or could run a program, is refused by its name."""
     picture, lying, file = Image.new("RGB", (16, 8)), Image.Exif(), io.BytesIO()
     picture.paste("white", (0, 0, 8, 8))  # on the left
     lying[0x0112] = 6  # to be turned by 90 degrees to the right: white on top
-    picture.save(file, "JPEG", exif=lying, quality=95)
+    picture.save(file, "JPEG", exif=lying)
     turned = np.asarray(tokenizer.decode_image(file.getvalue(), "x"))
     assert turned.shape == (16, 8, 3) and turned[:7].min() > 240 and turned[9:].max() < 15
-    bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0\1\0\0" * 2 + b"\1\0\0\0\0"  # 65536 x 65536
-    for name, data in (("empty", b""), ("bomb", bomb), ("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n")):
-        refuses(f"{name} readable image", tokenizer.decode_image, data, name)
+    refuses("x.eps readable image", tokenizer.decode_image, b"%!PS-Adobe-3.0 EPSF-3.0\n", "x.eps")
 
 
 def test_unreadable_images_are_left_out_and_told():
@@ -379,8 +366,8 @@ def test_crops():
 
 def test_pixels_to_float_and_back():
     """0 and 255 are -1 and 1; the way back is LlamaGen's: times 127.5, plus 128, truncated."""
-    pixels = torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8)
-    close("float", tokenizer.to_float(pixels)[0, :, 0, 0], [-1, -0.6, 1])
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3)
+    close("float", tokenizer.to_float(pixels).flatten(), [-1, -0.6, 1])
     ends = torch.tensor([-1.0, 0.0, 1.0, 3.0]).view(1, 1, 2, 2)
     assert tokenizer.to_uint8(ends).flatten().tolist() == [0, 128, 255, 255]
 
@@ -463,7 +450,7 @@ def test_crops_for_training_are_upright():
 
 
 def test_dead_codes_are_restarted():
-    """On latents of the batch; at a learning rate of zero many more codes are then used (else 7 %)."""
+    """At a learning rate of zero many more codes are then used (else 7 %); the others stay."""
     quantize = tokenizer.VectorQuantizer(tokenizer.VQConfig(codebook_size=10))
     before = quantize.embedding.weight.clone()
     quantize.restart(torch.arange(10) >= 7, torch.randn(20, 8))
@@ -478,11 +465,10 @@ def test_tokenizer_learns():
     vq, pixels = our_vq(), tokenizer.held_out_pixels(our_images("val"), 16, 10)
     grey = (pixels.float() / 255 - 0.5).square().flatten(1).mean(1)
     quality = tokenizer.evaluate_tokenizer(vq, pixels)
-    assert quality["psnr"] > -10 * grey.log10().mean() + 1 and 1 < quality["perplexity"] <= 64
+    assert quality["psnr"] > -10 * grey.log10().mean() + 1 and quality["perplexity"] > 1
     made, codes, _ = vq(tokenizer.to_float(pixels))
     assert torch.equal(codes, tokenizer.encode_pixels(vq, pixels))
     close("decoded", vq.decode(codes), made)
-    assert torch.equal(tokenizer.reconstruct(vq, pixels), tokenizer.to_uint8(vq.decode(codes)))
 
 
 def test_how_the_tokenizer_is_trained():
@@ -513,7 +499,7 @@ def test_cache_by_any_number_of_processes():
         return tokenizer.token_cache(replace(images, read=read), vq, 16, (1.1, 1.05), place / name)
 
     one = encode("one")
-    assert one.tokens.shape == (44, 20, 16) and np.array_equal(one.labels, images.labels)
+    assert np.array_equal(one.labels, images.labels)
     crop = torch.from_numpy(tokenizer.ten_crops(images.read(5), 16, 1.05)[7])
     assert np.array_equal(one.tokens[5, 17], vq.encode(tokenizer.to_float(crop[None]))[0])
     with patch.object(tokenizer, "PART_IMAGES", 10):
@@ -537,8 +523,7 @@ def test_tokenizer_files_of_another_kind():
 
 def test_written_whole_or_not_at_all():
     """An older file stays until the new one is there."""
-    root = scratch()
-    path = root / "there" / "x"
+    path = scratch() / "there" / "x"
     tokenizer.write_file(path, lambda file: file.write(b"old"))
 
     def fail(file):
@@ -548,39 +533,10 @@ def test_written_whole_or_not_at_all():
         raise OSError(28, "No space left on device")
 
     refuses("cannot write No space left", tokenizer.write_file, path, fail)
-    assert path.read_bytes() == b"old" and [file.name for file in path.parent.iterdir()] == ["x"]
+    assert path.read_bytes() == b"old" and [*path.parent.iterdir()] == [path]
     with replaced(path):
         tokenizer.write_file(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
-    for wrong in (root, path / "y", root / ("x" * 255)):
-        refuses("", tokenizer.check_output, wrong)
-
-
-def test_downloads_are_checked():
-    root = scratch()
-    (root / "there").write_bytes(b"images")
-
-    def download(name, checksum):
-        tokenizer.download((root / name).as_uri(), root / "here", 6, f"md5:{checksum}")
-
-    refuses("cannot be fetched", download, "nowhere", "")
-    refuses("sent 6 bytes", download, "there", "0" * 32)
-    assert not (root / "here").exists()
-    download("there", "59b514174bffe4ae402b3d63aad79fe0")
-    assert (root / "here").read_bytes() == b"images"
-
-
-def test_an_error_stands_alone_on_its_line():
-    """Bars are closed before it is printed; a full memory is one sentence."""
-    def main():
-        with tokenizer.enough_memory("lower --batch"), tokenizer.progress(desc="waiting", total=2):
-            for _ in tokenizer.progress(range(3), "counting"):
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 9.")
-
-    said, sentence = io.StringIO(), "too little memory to allocate 20.00 GiB; lower --batch."
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        refuses(sentence, tokenizer.run_script, main, "It goes on.")
-    assert "counting" in said.getvalue() and said.getvalue().endswith("\n")
 
 
 def test_tokenizer_script():
@@ -613,16 +569,13 @@ def test_parameter_counts_are_llamagens():
             net = model.Transformer(model.ModelConfig(*model.SIZES[name]))
         assert sum(p.numel() for p in net.parameters()) == count, name
         assert "layers.3.attention.wqkv.weight" in net.state_dict() and "rope" not in net.state_dict()
-    refuses("width multiple", tiny_model, dim=36)
-    refuses("square", tiny_model, num_tokens=15)
 
 
 def test_first_loss_is_ln_v():
     net = model.Transformer(model.ModelConfig(2, 2, 32, vocab_size=37, num_tokens=16))
     tokens, classes = some_tokens(count=16, vocab=37)
     close("first loss", losses.ar_loss(net(tokens[:, :-1], classes).logits, tokens), math.log(37))
-    for weight in (net.layers[0].feed_forward.w1.weight, net.tok_embeddings.weight):
-        close("standard deviation of the initial weights", weight.std(), 0.02, 0.001)
+    close("deviation of the initial weights", net.layers[0].feed_forward.w1.weight.std(), 0.02, 0.001)
 
 
 def test_golden_numbers():
@@ -640,10 +593,8 @@ def test_golden_numbers():
 def test_dropout_is_in_three_places():
     """LlamaGen drops tokens, and what each attention and each feed-forward adds; each place works alone."""
     net, (tokens, classes) = tiny_model(n_layer=1).train(), some_tokens()
-    drops = [part for part in net.modules() if isinstance(part, torch.nn.Dropout)]
     plain, layer = net(tokens, classes).logits, net.layers[0]
-    assert {*drops} == {net.tok_dropout, layer.attention.resid_dropout, layer.feed_forward.ffn_dropout}
-    for part in drops:
+    for part in (net.tok_dropout, layer.attention.resid_dropout, layer.feed_forward.ffn_dropout):
         part.p = 0.5
         assert not torch.equal(net(tokens, classes).logits, plain), part
         part.p = 0.0
@@ -852,26 +803,27 @@ def an_objective(config, **changes):
     return objective
 
 
-def a_run(config, objective, dtype=None, steps=4):
+def a_run(config, objective, dtype=None):
     scaler = torch.amp.GradScaler("cpu", 2.0 ** 10, enabled=dtype is torch.float16)
     return train.Run(config, 0, 1, torch.device("cpu"), dtype, None, a_cache(), a_cache(seed=1, views=1),
-                     objective, train.make_optimizer(objective, config), scaler, 0, steps)
+                     objective, train.make_optimizer(objective, config), scaler, 0, 4)
 
 
 def test_batches_do_not_depend_on_the_number_of_processes():
     config, cache = a_config(class_dropout=0.5), a_cache()
-    whole = train.draw_batch(config, cache, 5, 0, 1)
-    parts = [train.draw_batch(config, cache, 5, part, 4) for part in range(4)]
+
+    def draw(config=config, step=5, rank=0, world=1):
+        return train.draw_batch(config, cache, step, rank, world)
+
+    whole, parts = draw(), [draw(rank=rank, world=4) for rank in range(4)]
     for name in ("tokens", "classes", "key_mask"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
     assert all(torch.equal(whole.positions, part.positions) for part in parts)
-    for seed, step in ((0, 6), (1, 5)):
-        other = train.draw_batch(a_config(class_dropout=0.5, seed=seed), cache, step, 0, 1)
+    for other in (draw(step=6), draw(a_config(class_dropout=0.5, seed=1))):
         assert not any(map(torch.equal, whole, other))
     assert not torch.equal(*whole.key_mask.unbind(1))  # each view has its own mask
     assert (whole.key_mask.sum(-1) == 4).all()  # a quarter of the 15 positions behind the class
-    kept, null = (train.draw_batch(a_config(class_dropout=share), cache, 5, 0, 1).classes
-                  for share in (0.0, 1.0))
+    kept, null = (draw(a_config(class_dropout=share)).classes for share in (0.0, 1.0))
     dropped = whole.classes == 4  # the null class
     assert (null == 4).all() and (kept < 4).all() and 0 < dropped.sum() < 8
     assert torch.equal(whole.classes, kept.where(~dropped, null))
@@ -985,17 +937,16 @@ def test_an_optimizer_step_by_hand():
 
 
 def test_float16_skips_a_step_that_overflows_and_goes_on():
-    """As on an old GPU: at first the student stays; then a step is as in float32."""
+    """As on an old GPU: with too large a scale nothing moves, so that the next is a first step in float32."""
     half, single = (a_run(a_config(), an_objective(a_config()), dtype) for dtype in (torch.float16, None))
-    before = copy.deepcopy(half.objective.student.state_dict())
-    for scale, stays in ((2.0 ** 100, True), (2.0 ** 10, False)):
+    batch, logs = train.load_batch(single, 0), []
+    for scale in (2.0 ** 100, 2.0 ** 10):
         half.scaler.load_state_dict(half.scaler.state_dict() | {"scale": scale})
-        log = train.train_step(half, half.objective, train.load_batch(half, 0), 0)
-        assert same(half.objective.student.state_dict(), before) == stays
-        assert (log["grad_norm"] == 0) == stays
-    expected = train.train_step(single, single.objective, train.load_batch(single, 0), 0)
-    close("gradient norm", log["grad_norm"], expected["grad_norm"], 0.01)
-    assert 0 < abs(log["loss"] - expected["loss"]) < 0.01  # it is rounded
+        logs.append(train.train_step(half, half.objective, batch, 0))
+    expected = train.train_step(single, single.objective, batch, 0)
+    assert logs[0]["grad_norm"] == 0
+    close("gradient norm", logs[1]["grad_norm"], expected["grad_norm"], 0.01)
+    assert 0 < abs(logs[1]["loss"] - expected["loss"]) < 0.01  # it is rounded
 
 
 def test_dropout_is_new_in_every_step_and_never_the_teachers():
@@ -1010,12 +961,11 @@ def test_dropout_is_new_in_every_step_and_never_the_teachers():
 
 
 def test_schedules():
-    """Both ends of each; what lies between is in the step by hand."""
+    """The ends, and the paper's constants; what lies between is in the step by hand."""
     short, paper = a_config(base_lr=1e-3, batch=512, warmup=10, ema=0.9), a_config(
         base_lr=1e-4, batch=256, warmup=0, schedule="constant", ema=0.9999, ema_ramp=False)
-    close("warm-up", train.learning_rate(short, 0, 100), 2e-4, 1e-9)
     close("the end", train.learning_rate(short, 100, 100), 1e-4, 1e-9)
-    assert [train.ema_decay(short, step, 100) for step in (0, 100)] == [0.9, 1]
+    assert train.ema_decay(short, 100, 100) == 1
     assert train.learning_rate(paper, 77, 100) == 1e-4 and train.ema_decay(paper, 50, 100) == 0.9999
 
 
@@ -1027,9 +977,6 @@ def test_flags_come_from_the_config():
                  weight_decay=0.05, clip=1.0, class_dropout=0.1, dropout=0.1, batch=256,
                  losses="ar+mim+step+view")
     assert paper.items() <= vars(train.parse_arguments(["--preset", "L"])[0]).items()
-    for name in train.PRESETS:
-        flags = words_for_cpu(["--preset", name, "--data", "images", "--tokenizer", "vq.pt"])
-        train.check_config(train.parse_arguments(flags)[0], 1)
 
 
 def test_train_refuses_likely_mistakes():
@@ -1088,12 +1035,19 @@ def same_run(a, b):
 def test_killed_and_resumed_is_bit_identical():
     """kill -9 in the middle of a run with dropout, then --resume: every tensor as in the undisturbed run."""
     settings = [*SMALL, "--steps", 12, "--save-every", 3, "--dropout", 0.1]
-    assert not finish(launch("train.py", *settings, "--name", "killed"), lambda: len(metrics("killed")) > 4)
+    folder, checkpoints = workshop() / "runs" / "killed", set()
+
+    def in_the_middle():
+        if (folder / "checkpoint.pt").exists():
+            checkpoints.add((folder / "checkpoint.pt").stat().st_ino)
+        return len(metrics("killed")) > 4
+
+    assert not finish(launch("train.py", *settings, "--name", "killed"), in_the_middle)
+    assert len(checkpoints) > 1, "checkpoint.pt is written in place"
     assert checkpoint("killed")["step"] < 12
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the killed process had; more threads round sums differently
-    folder = workshop() / "runs" / "killed"
-    with replaced(folder / "checkpoint.pt", folder / "config.json", folder / "metrics.jsonl"):
+    with replaced(folder / "config.json", folder / "metrics.jsonl"):
         run(train.main, *settings, "--name", "killed", "--resume")
     run(train.main, *settings, "--name", "whole")
     torch.set_num_threads(threads)
@@ -1159,8 +1113,6 @@ def test_more_steps_after_the_end():
     """With a constant rate and decay as if asked from the start."""
     settings = [*SMALL, "--schedule", "constant", "--no-ema-ramp", "--dropout", 0.1]
     run(train.main, *settings, "--name", "longer", "--steps", 2)
-    refuses("has done 2 steps more than 1", run, train.main, "--resume", "--name", "longer",
-            "--steps", 1)
     run(train.main, "--resume", "--name", "longer", "--epochs", 1)  # 44 images: 5 batches of 8
     run(train.main, *settings, "--name", "long", "--steps", 5)
     same_run("longer", "long")
@@ -1212,7 +1164,6 @@ def test_filters():
     ):
         kept = sample.filter_logits(logits, top_k, top_p)
         assert kept.isfinite()[0].nonzero().flatten().tolist() == expected, (top_k, top_p, kept)
-        assert torch.equal(kept[:, expected], logits[:, expected])
 
 
 def test_generation_against_the_whole_sequence():
@@ -1235,7 +1186,7 @@ def test_generation_against_the_whole_sequence():
             tokens = torch.cat([tokens, drawn], 1)
         seen = sample.generate(net, classes, cfg=cfg, cfg_interval=interval, temperature=temperature,
                                top_k=top_k, top_p=top_p, generator=again)
-        assert torch.equal(seen, tokens), (cfg, interval, temperature, top_k, top_p, seen, tokens)
+        assert torch.equal(seen, tokens), (cfg, interval, seen, tokens)
 
 
 def test_a_step_of_fixed_shapes_equals_the_model():
@@ -1273,10 +1224,11 @@ def test_labels_are_balanced_from_the_first_image_on():
 
 
 def test_a_killed_npz_goes_on_with_its_own_parts_only():
+    """By one process or by two."""
     net, vq, path = tiny_model(vocab_size=64), our_vq(), scratch() / "a.npz"
     labels, original = sample.mixed_labels(10, 5), sample.sample_images
 
-    def write(weights, killed_at=None):
+    def write(weights, killed_at=None, **processes):
         """The first image of each batch that had to be made."""
         made = []
 
@@ -1287,12 +1239,13 @@ def test_a_killed_npz_goes_on_with_its_own_parts_only():
             return original(model, vq, classes, seed, **settings)
 
         one = sample.Trained("x", net, vq, list("abcde"), {}, {}, {"weights_digest": weights})
-        with patch.object(sample, "sample_images", make), contextlib.suppress(KeyboardInterrupt):
-            sample.save_npz(path, one, 10, 3, 7, "fp32", cfg=2.0)
+        with patch.object(sample, "sample_images", make), patch.dict(os.environ, processes):
+            with contextlib.suppress(KeyboardInterrupt):
+                sample.save_npz(path, one, 10, 3, 7, "fp32", cfg=2.0)
         return made
 
     assert write("A", killed_at=6) == [0, 3]
-    assert write("B", killed_at=9) == [0, 3, 6] and not path.exists()
+    assert write("B", RANK="1", WORLD_SIZE="2") == [3, 9] and not path.exists()
     assert write("A") == [6, 9] and [*path.parent.iterdir()] == [path]  # no part is left
     with replaced(path):
         write("A")
@@ -1308,15 +1261,14 @@ def test_a_killed_npz_goes_on_with_its_own_parts_only():
 def test_checkpoints_of_all_kinds():
     """Ours, LlamaGen's, and other people's: prefixes, other keys, objects beside the weights."""
     net, path = tiny_model(), scratch() / "x.pt"
-    state, teacher = net.state_dict(), tiny_model(seed=9).state_dict()
+    state = net.state_dict()
     skips_foreign = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")  # torch 2.6
 
     def load(content, ema=False):
         torch.save(content, path)
         return sample.load_model(path, ema, image_size=64)[0].state_dict()
 
-    ours = {"model": state, "ema": teacher, "model_config": vars(net.config)}
-    assert same(load(ours), state) and same(load(ours, ema=True), teacher)
+    assert same(load({"model": state, "model_config": vars(net.config)}), state)
     refuses("3 layers width 32", load, state)
     with patch.dict(model.SIZES, test=(3, 2, 32)):  # LlamaGen's files do not say how many heads there are
         assert same(load({"model": state | {"freqs_cis": torch.zeros(17, 8, 2)}, "steps": 7}), state)
@@ -1334,7 +1286,7 @@ def same_picture(path, image):
 
 
 def test_sample_script():
-    """Grids, alone and below each other, and an npz by one and by two processes."""
+    """Grids, alone and below each other, and an npz of the teacher."""
     root, trained = workshop(), sample.open_trained(trained_run(), None, False, 0, "cpu")
     drawing = ["runs/trained", "--classes", 3, 0, 3, "--cfg", 2, "--seed", 5, "--out", "grid.png"]
     run(sample.main, *drawing)
@@ -1345,28 +1297,10 @@ def test_sample_script():
         run(sample.main, "runs/trained", *drawing)
     titled = np.asarray(sample.image_grid(pixels, 3, ["class3", "class0", "class3"], "trained"))
     assert same_picture("grid.png", np.concatenate([titled, titled]))
-
-    settings = ["runs/trained", "--num-images", 10, "--batch", 3, "--ema", "--npz"]
-    run(sample.main, *settings, "one")
-    for rank in "10":  # the second process makes two of four parts, the first joins all
-        with patch.dict(os.environ, RANK=rank, WORLD_SIZE="2"):
-            run(sample.main, *settings, "two.npz")
-    one, two = np.load(root / "one.npz"), np.load(root / "two.npz")
-    assert np.array_equal(one["arr_0"], two["arr_0"]) and one["protocol"] == two["protocol"]
-    teacher, _ = sample.load_model(trained_run() / "checkpoint.pt", ema=True)
-    assert json.loads(str(one["protocol"]))["weights_digest"] == tokenizer.fingerprint(teacher)
-
-
-def test_what_belongs_to_a_run_is_found():
-    """Its tokenizer, where there is no copy beside it; and what that keeps of held-out images."""
-    root, folder, saved = workshop(), scratch(), checkpoint(trained_run())
-    saved["config"] = dict(data=str(root / "images"), tokenizer=str(root / "vq.pt"))
-    torch.save(saved, folder / "checkpoint.pt")
-    vq = sample.open_trained(folder, None, False, 0, "cpu").vq
-    sample.save_reconstructions(root / "kept.png", vq, root / "images", "", 16)
-    pixels = tokenizer.held_out_pixels(our_images("val"), 16, 20)
-    rows = torch.cat([pixels, tokenizer.reconstruct(our_vq(), pixels)]).numpy()
-    assert same_picture("kept.png", sample.image_grid(rows, len(pixels)))
+    run(sample.main, "runs/trained", "--num-images", 5, "--ema", "--npz", "few")
+    protocol = json.loads(str(np.load(root / "few.npz")["protocol"]))
+    trained.model.load_state_dict(checkpoint("trained")["ema"])
+    assert protocol["weights_digest"] == tokenizer.fingerprint(trained.model)
 
 
 def test_llamagens_files():
@@ -1476,7 +1410,8 @@ def test_probe_settings_are_chosen_on_other_training_images():
 def measured(codes, labels):
     """A subject, a small model with codes (N, 4, 16) of its images' crops, and what `probe.measure` says."""
     meta = {"classes": list("abcd"), "image_size": 16, "split": "train"}
-    caches = [tokenizer.TokenCache(part.astype(np.uint16), labels, meta) for part in (codes, codes[:, :1])]
+    train_set, held_out = (codes, labels), (np.roll(codes[:, :1], 1, 0), np.roll(labels, 1))  # another order
+    caches = [tokenizer.TokenCache(c.astype(np.uint16), y, meta) for c, y in (train_set, held_out)]
     subject = probe.Subject("x", tiny_model(num_classes=4, vocab_size=64), our_vq(), 2, [1, 2], *caches,
                             our_images(), 1.5, {})
     return subject, probe.measure(subject, argparse.Namespace(train_images=0, crops=3, seed=0, images=5))
@@ -1545,25 +1480,17 @@ def test_consistency_and_interval_in_closed_form():
     close("interval", probe.wilson(8, 10), [0.49016, 0.94332], 1e-4)
 
 
-def test_attention_is_drawn_where_it_goes():
-    """Each query looks at its own token: a red frame and a blue square cover the same quarter of the side."""
-    subject = measured(np.zeros((44, 4, 16)), np.arange(44) % 4)[0]._replace(layers=[2])
-    with patch.object(probe, "attention_maps", return_value=iter([torch.eye(16).expand(1, 3, 16, 16)])):
-        drawn = np.asarray(probe.draw_attention([subject], np.array([0])))
-    assert (drawn != drawn[..., :1]).any(-1).sum() == 4 * 36 ** 2  # coloured pixels, of four queries
-
-
 def test_probe_script():
     path = workshop() / "figures" / "probe.json"
     path.parent.mkdir()
     path.write_text("old")
     with replaced(path):
-        run(probe.main, trained_run(), "--layers", "all", "--images", 4)
+        said = run(probe.main, trained_run(), "--layers", "all", "--images", 4)
+    for picture in ("probe", "layers", "attention", "mass", "distance", "cosine", "codes"):
+        assert f"{picture}.png" in said and path.with_name(f"{picture}.png").exists()
     one = json.loads(path.read_text())["runs"]["trained"]
     assert one["step"] == 1 and one["images"] == 4
     assert len(one["probe"]) == 36 and all(r["n"] == 4 for r in one["probe"])  # the held-out images
-    pictures = {picture.stem for picture in path.parent.glob("*.png")}
-    assert pictures == {"probe", "attention", "distance", "codes"}
 
 
 def test_probe_refuses():
@@ -1599,7 +1526,6 @@ def test_fid_frechet_distance():
         root = scipy.linalg.sqrtm((s1 + 1e-12 * np.eye(40)) @ (s2 + 1e-12 * np.eye(40))).real
         oracle = np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * root)
         close(f"of {n} samples", fid.frechet_distance(mu1, s1, mu2, s2), oracle, 1e-4)
-    refuses("40 39 features", fid.frechet_distance, mu1, s1, mu2[1:], s2[1:, 1:])
     refuses("negative eigenvalues", fid.frechet_distance, mu1, s1 - 9 * np.eye(40), mu2, s2)
 
 
@@ -1622,18 +1548,17 @@ def test_fid_moments_scores_and_bias():
 
 
 def test_fid_precision_recall_brute_force():
-    """Against loops over all pairs, in blocks of every size; copies, ties and disjoint sets."""
+    """Against loops over all pairs, in blocks of every size; copies and disjoint sets."""
     rng = np.random.default_rng(2)
 
     def inside(x, manifold, k):  # the share of x in the manifold
         radii = [sorted(np.square(a - b).sum() for b in manifold)[k] for a in manifold]
         return np.mean([any(np.square(a - b).sum() <= r for b, r in zip(manifold, radii)) for a in x])
 
-    for real, fake in ((rng.standard_normal((30, 3)), rng.standard_normal((21, 3)) * 0.6 + 0.4),
-                       (rng.integers(0, 4, (25, 2)), rng.integers(0, 5, (30, 2)))):  # integers: many ties
-        for k, block in ((3, 500), (1, 7)):
-            expected = inside(fake, real, k), inside(real, fake, k)
-            close(f"k = {k}", fid.precision_recall(real, fake, k, block), expected)
+    real, fake = rng.integers(0, 4, (25, 2)), rng.integers(0, 5, (30, 2))  # integers: many ties
+    for k, block in ((3, 500), (1, 7)):
+        expected = inside(fake, real, k), inside(real, fake, k)
+        close(f"k = {k}", fid.precision_recall(real, fake, k, block), expected)
     x = rng.standard_normal((20, 600)).astype(np.float32).repeat(5, 0)  # each image five times: radii of zero
     assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 100) == (0, 0)
 
@@ -1688,12 +1613,11 @@ PYTORCH_FID = {"adm": [2.279501, 3.242745, 2.948242, 1.953332, 0.004958],
 def test_fid_inception_is_pytorch_fids():
     """Golden numbers: see padding in the averages, no max pool in Mixed_7c, another epsilon or range."""
     network, _ = fid.load_inception(inception_weights(), "")
-    layout = [[name, list(value.shape)] for name, value in sorted(network.state_dict().items())]
-    assert tokenizer.digest(layout) == "98efe1f44183bf67"  # pytorch-fid's names and shapes
     noise = np.frombuffer(np.random.RandomState(1).bytes(299 * 299 * 3), np.uint8).reshape(1, 299, 299, 3)
     pixels = noise // 4 + np.linspace(0, 190, 299).astype(np.uint8)[:, None, None]  # 299 px: not resized
-    inside, seen, small = [], [], noise[:, :5, :7]
+    inside, seen = [], []
     network.Mixed_6d.register_forward_hook(lambda module, args, output: inside.append(output))
+    network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     for resize, golden in PYTORCH_FID.items():
         found = fid.inception_extractor(network, resize)(pixels)
         got = [found.pool.mean(), found.pool.std(), found.pool[:, -192:].mean(), found.spatial.mean(),
@@ -1701,11 +1625,10 @@ def test_fid_inception_is_pytorch_fids():
         assert np.allclose(got, golden, rtol=1e-4, atol=0), (resize, got)
         network.fc.bias.copy_(torch.randn(1008))  # the probabilities do not see it
     places_first = inside[-1][:, :7].flatten(2).mT.flatten(1)  # as ADM's statistics have them
-    assert found.spatial.shape == (1, 2023) and torch.equal(found.spatial, places_first)
-    network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    fid.inception_extractor(network, "pytorch-fid")(small)
-    x = torch.from_numpy(small).movedim(-1, 1).float()
-    close("pytorch-fid's input", seen[0], F.interpolate(x, (299, 299), mode="bilinear") / 127.5 - 1)
+    assert torch.equal(found.spatial, places_first)
+    fid.inception_extractor(network, "pytorch-fid")(noise[:, :5, :7])
+    x = torch.from_numpy(noise[:, :5, :7]).movedim(-1, 1).float()
+    close("pytorch-fid's input", seen[-1], F.interpolate(x, (299, 299), mode="bilinear") / 127.5 - 1)
 
 
 def mean_features(pixels):
@@ -1730,10 +1653,8 @@ def test_fid_statistics():
         close("agreement", got.agreement, np.mean(p.argmax(1) == labels))
         close("IS", got.score, np.mean([fid.inception_score(p[i:i + 4]) for i in (0, 4, 8)]))
         close("evenly spaced", got.features, exact.pool[[0, 2, 5, 7, 10]])
-    for words, arrays in (("float32", dict(arr_0=pixels.astype("f4"))),
-                          ("labels (3,)", dict(arr_0=pixels, arr_1=labels[:3]))):
-        np.savez(path, **arrays)
-        refuses(f"x.npz {words}", fid.npz_side, path)
+    np.savez(path, arr_0=pixels.astype("f4"))
+    refuses("x.npz float32", fid.npz_side, path)
     many = fid.image_side(with_unreadable(3))
     refuses("no image out: 3.png", list, many.batches(50))  # though it is only one in 132
 
@@ -1797,7 +1718,7 @@ def test_fid_scores_samples_halves_and_the_floor():
     good, few, half, floor = rows.values()
     assert abs(good["FD-c"]) < 1e-4 < floor["FD-c"]  # good.npz holds the training images themselves
     assert few["precision-c"] == 1 > few["recall-c"]
-    assert few["class agreement"] is None is half["class agreement"] and floor["class agreement"] <= 1
+    assert few["class agreement"] is None is half["class agreement"]
     path = re.search(r"classifier: (\S+);", told)[1]
     extract = fid.classifier_extractor(fid.load_classifier(root / path, side)[0])
     nine, others = (fid.feature_statistics(some, extract)
@@ -1821,9 +1742,9 @@ def test_fid_of_two_folders_and_of_foreign_statistics():
     extract = fid.inception_extractor(fid.load_inception(weights, "")[0], "pytorch-fid")
     real, fake = (gaussian(extract(images).pool.double().numpy()) for images in pixels)
     np.savez(root / "theirs.npz", mu=real[0], sigma=real[1])
-    settings = ["--weights", "inception.pth", "--fake", "b"]
+    settings = ["--weights", "inception.pth", "--resize", "pytorch-fid", "--fake", "b"]
     for name, words in (("a", "real: a, 4 images of 9 x 8"), ("theirs.npz", "those of pytorch-fid")):
-        told, rows = scores("--real", name, *settings, "--resize", "pytorch-fid")
+        told, rows = scores("--real", name, *settings)
         close(f"FID to {name}", rows["b"]["FID"], fid.frechet_distance(*real, *fake), 1e-4)
         assert words in told
 
@@ -1833,7 +1754,6 @@ def test_fid_likely_mistakes():
     root = workshop()
     images = np.zeros((4, 8, 8, 3), np.uint8)
     np.savez(root / "eight.npz", arr_0=images, arr_1=np.array([0, 1, 2, 9]))
-    np.savez(root / "fish.npz", arr_0=images, classes=[*"abc", "fish"])
     np.savez(root / "six.npz", arr_0=images[:, :6])
     refuses_all(fid.main, """
         required: --fake             | --real images
@@ -1844,7 +1764,6 @@ def test_fid_likely_mistakes():
         squares 8 x 6                | --real images --fake six.npz
         sizes 16 x 16 8 x 8          | --real images --fake eight.npz --image-size 16
         other classes                | --real images --fake eight.npz --features classifier
-        other classes                | --real images --fake fish.npz --features classifier
         give both                    | --real images --fake reconstructions
         10 4                         | --real images --fake reconstructions --vq vq.pt --image-size 10
         vq.pt InceptionV3            | --real images --fake eight.npz --weights vq.pt
@@ -1870,16 +1789,16 @@ def test_damaged_files_are_refused():
     cache, = (root / "cache").glob("4-classes-train-16px-*")
     np.savez(root / "samples.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=np.arange(4))
     torch.save({"model": Hostile()}, root / "hostile.pt")
-    hostile = (root / "hostile.pt").read_bytes()
+    resume, scoring = "--name trained --resume", "--real images --image-size 8 --fake samples.npz"
     for file, words, main, arguments in (
         (folder / "checkpoint.pt", "checkpoint.pt", sample.main, "runs/trained"),
-        (folder / "checkpoint.pt", "checkpoint.pt", train.main, "--name trained --resume"),
-        (folder / "tokenizer.pt", "tokenizer.pt", train.main, "--name trained --resume"),
+        (folder / "checkpoint.pt", "checkpoint.pt", train.main, resume),
+        (folder / "tokenizer.pt", "tokenizer.pt", train.main, resume),
         (cache / "tokens.npy", cache.name, probe.main, "runs/trained"),
-        (root / "samples.npz", "samples.npz", fid.main, "--real images --image-size 8 --fake samples.npz"),
+        (root / "samples.npz", "samples.npz", fid.main, scoring),
     ):
         whole = file.read_bytes()
-        for damaged in (b"", whole[:len(whole) // 2], b"not at all\n", hostile):
+        for damaged in (b"", whole[:len(whole) // 2], (root / "hostile.pt").read_bytes()):
             file.write_bytes(damaged)
             refuses_all(main, f"{words} | {arguments}")
         file.write_bytes(whole)
@@ -1909,7 +1828,6 @@ def test_table_of_results():
     for row in (f"| AR | 3 | 30.0 ± {half:.1f} |", "| ST-AR | 2 | 25.0, 95.0 |",
                 "| *ST-AR, less AR* | 2 | +15.0, +35.0 |"):
         assert row in text.splitlines(), text
-    assert made["cell"]([7.0, math.nan], 2) == ""
 
 
 # ---- Documents ---------------------------------------------------------------------------------------------
@@ -2005,26 +1923,22 @@ def cuda_test_all_gpus_equal_the_cpu():
 # ---- Stress: python test_all.py --stress -------------------------------------------------------------------
 
 def job(processes, moments=()):
-    """Tokenizer, codes, training and samples, killed after each of these seconds: what is left, and kills."""
+    """Tokenizer, codes and training, killed after each of these seconds: what is left, and the kills."""
     folder, kills = scratch(), 0
-    training = ["train.py", *TINY, "--name", "job", "--data", workshop() / "images", "--codes", 64,
-                "--dropout", 0.1, "--tokenizer-steps", 60, "--steps", 60, "--save-every", 10]
-    sampling = ["sample.py", "runs/job", "--npz", "job.npz", "--num-images", 40, "--batch", 4]
-    for command in (training, sampling):
-        for seconds in [*moments, math.inf]:
-            begun = command is training and (folder / "runs/job/checkpoint.pt").exists()
-            end = time.time() + seconds
-            started = launch(*command, *["--resume"] * begun, processes=processes, folder=folder)
-            if finish(started, lambda: time.time() > end):
-                break
-            kills += 1
-    states, images = checkpoint(folder / "runs/job"), np.load(folder / "job.npz")["arr_0"].tolist()
-    losses_of_steps = [line["loss"] for line in metrics(folder / "runs/job")]
-    return [states[key] for key in STATE] + [images, losses_of_steps], kills
+    command = ["train.py", *TINY, "--name", "job", "--data", workshop() / "images", "--codes", 64,
+               "--dropout", 0.1, "--tokenizer-steps", 60, "--steps", 60, "--save-every", 10]
+    for seconds in [*moments, math.inf]:
+        resume = ["--resume"] * (folder / "runs/job/checkpoint.pt").exists()
+        end = time.time() + seconds
+        if finish(launch(*command, *resume, processes=processes, folder=folder), lambda: time.time() > end):
+            break
+        kills += 1
+    states = checkpoint(folder / "runs/job")
+    return [states[key] for key in STATE] + [line["loss"] for line in metrics(folder / "runs/job")], kills
 
 
 def stress_killed_thirty_times():
-    """Weights, metrics and samples of a job that is killed again and again are those of one left in peace."""
+    """Weights and losses of a job that is killed again and again are those of one left in peace."""
     rng, kills = np.random.default_rng(0), 0
     for processes in (1, 2):
         start = time.time()
@@ -2037,28 +1951,15 @@ def stress_killed_thirty_times():
     return f"{kills} kills of jobs of 1 and 2 processes, all ended bit-identical"
 
 
-def stress_one_two_and_four_processes():
-    """50 steps of the same global batch: all losses to 1e-4."""
-    for name in ("world-1", "world-2", "world-4"):
-        settings = [*SMALL, "--steps", 50, "--save-every", 50, "--name", name]
-        assert finish(launch("train.py", *settings, processes=int(name[-1])))
-    worst = max(abs(b[name] / a[name] - 1)
-                for other in ("world-2", "world-4")
-                for a, b in zip(metrics("world-1"), metrics(other), strict=True)
-                for name in a if "loss" in name)
-    assert worst < 1e-4, worst
-    return f"largest relative difference of a loss in 50 steps: {worst}"
-
-
 # ---- The runner --------------------------------------------------------------------------------------------
 
 def main():
     words, failed, skipped = [word for word in sys.argv[1:] if word != "--stress"], 0, 0
     kinds = "stress_" if "--stress" in sys.argv else ("test_", "cuda_test_")
-    tests = [test for name, test in globals().items()
-             if name.startswith(kinds) and any(word in name for word in words or [""])]
-    for test in tests:
-        if test.__name__.startswith("cuda") and not torch.cuda.is_available():
+    tests = {name: test for name, test in globals().items()
+             if name.startswith(kinds) and any(word in name for word in words or [""])}
+    for name, test in tests.items():
+        if name.startswith("cuda") and not torch.cuda.is_available():
             skipped += 1
             continue
         start, printed, found, result = time.time(), io.StringIO(), None, "ok    "
@@ -2068,7 +1969,7 @@ def main():
         except (Exception, SystemExit):
             failed += 1
             result, found = "FAILED", f"{printed.getvalue()[-2000:]}\n{traceback.format_exc()}"
-        title = test.__name__.partition("_")[2].replace("_", " ")
+        title = name.partition("_")[2].replace("_", " ")
         print(f"{result} {time.time() - start:5.1f} s  {title}", *[found] * bool(found), sep="\n", flush=True)
     if skipped:
         print(f"no GPU here: {skipped} test(s) skipped")
