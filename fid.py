@@ -1,4 +1,4 @@
-"""Numbers people can trust: FID, sFID, IS, precision and recall in torch, each printed with its protocol.
+"""FID, sFID, IS, precision and recall in torch; every table says how it was measured.
 
 Definitions are those of ADM's evaluation suite (Dhariwal & Nichol, arXiv 2105.05233; openai/guided-diffusion,
 evaluations/evaluator.py), which the paper uses, on the InceptionV3 weights released with
@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,8 +46,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from tokenizer import (ImageSet, VQModel, center_crop, check_finite, check_image_size, check_output,
-                       choose_device, decode_image, digest, download, enough_memory, fingerprint,
+from tokenizer import (ImageSet, VQModel, center_crop, check_image_size, check_output, choose_device,
+                       decode_image, digest, download, enough_memory, fingerprint,
                        full_precision, is_image, list_files, load_tokenizer, open_images, progress,
                        rank_and_world, read_ahead, read_pixels, read_weights, reading, reconstruct,
                        run_script, to_float, within, write_file)
@@ -59,8 +60,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)
 
     With S1 = A A^T and S2 = B B^T the last trace is the sum of the singular values of A^T B, for any such A
-    and B. This needs no complex numbers and no matrix square root, and covariances without full rank only
-    make it cheaper. Raises ValueError if the shapes differ or a matrix is not a finite covariance.
+    and B. This needs no complex numbers and no matrix square root.
+    Raises ValueError if the shapes differ or a matrix is not a finite covariance.
     """
     check_gaussian(mu1, sigma1)
     check_gaussian(mu2, sigma2)
@@ -75,7 +76,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 def check_gaussian(mu: np.ndarray, sigma: np.ndarray) -> None:
     """Raise ValueError unless mu (D,) and sigma (D, D) are a mean and a covariance: finite and symmetric."""
-    if (np.ndim(mu) != 1 or np.shape(sigma) != 2 * np.shape(mu) or not np.isfinite(mu).all()
+    if (np.ndim(mu) != 1 or np.shape(sigma) != (len(mu), len(mu)) or not np.isfinite(mu).all()
             or not np.isfinite(sigma).all() or abs(sigma - sigma.T).max() > 1e-6 * abs(sigma).max()):
         raise ValueError(f"a mean of shape {np.shape(mu)} and a covariance of shape {np.shape(sigma)} must "
                          "be finite, (D,) and symmetric (D, D); compute the statistics again.")
@@ -152,8 +153,8 @@ CONVENTION = 50_000  # samples behind a published FID; ADM's precision and recal
 
 
 class Features(NamedTuple):
-    """What an extractor makes of B images."""
-    pool: torch.Tensor  # (B, D) float32
+    """What an extractor returns for B images."""
+    pool: torch.Tensor  # (B, D) float32, of the pool layer
     spatial: torch.Tensor | None  # (B, 2023) float32, Inception only
     probabilities: torch.Tensor  # (B, K) float64
 
@@ -162,29 +163,25 @@ class Moments:
     """Mean and covariance of a stream of vectors, in float64, on the device the vectors come from."""
 
     def __init__(self):
-        self.count = 0
+        self.count = self.sum = self.outer = 0
 
     def add(self, x: torch.Tensor) -> None:
         """Take in (B, D) vectors."""
         x = x.double()
-        if self.count == 0:  # differences to the first vector are summed: no cancellation under a large mean
-            D = x.shape[1]
-            self.first, self.sum, self.outer = x[0].clone(), x.new_zeros(D), x.new_zeros(D, D)
-        x = x - self.first
         self.count += len(x)
         self.sum += x.sum(0)
-        self.outer.addmm_(x.T, x)
+        self.outer += x.T @ x
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """mu (D,) and sigma (D, D), normalised by N - 1 as np.cov does."""
         mean = self.sum / self.count
         sigma = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
-        return (self.first + mean).cpu().numpy(), sigma.cpu().numpy()
+        return mean.cpu().numpy(), sigma.cpu().numpy()
 
 
 @dataclass
 class Statistics:
-    """What the measures need to know of one side."""
+    """What the measures need to know of a side, one of the two sets of images that are compared."""
     moments: dict[str, np.ndarray]  # mu, sigma and, for Inception, mu_s, sigma_s
     features: np.ndarray | None = None  # (n, D) float32: evenly spaced images, for precision and recall
     score: float | None = None  # inception score
@@ -202,11 +199,11 @@ def feature_statistics(side: Side, extract: Callable[[np.ndarray], Features], ba
         return Statistics(side.statistics)
     N = side.count
     kept = np.zeros(N, bool)
-    kept[np.linspace(0, N - 1, min(keep, N)).astype(int)] = True
+    kept[np.linspace(0, N - 1, min(keep, N)).astype(int)] = True  # evenly spaced
     pool, spatial, features = Moments(), Moments(), []
     probabilities, scores = [], []  # of the split that is being filled; of the full ones
     done = hits = 0
-    for pixels in progress(read_ahead(side.batches(batch)), side.name, -(-N // batch), leave=False):
+    for pixels in progress(read_ahead(side.batches(batch)), side.name, math.ceil(N / batch), leave=False):
         rows = slice(done, done + len(pixels))
         done += len(pixels)
         found = extract(pixels)
@@ -228,7 +225,7 @@ def feature_statistics(side: Side, extract: Callable[[np.ndarray], Features], ba
     if spatial.count:
         moments |= dict(zip(("mu_s", "sigma_s"), spatial.result()))
     agreement = None if side.labels is None else hits / N
-    return Statistics(side.statistics or moments, np.concatenate(features), float(np.mean(scores)), agreement)
+    return Statistics(moments | side.statistics, np.concatenate(features), float(np.mean(scores)), agreement)
 
 
 def compare(real: Statistics, fake: Statistics, suffix: str = "") -> dict[str, float | None]:
@@ -251,7 +248,10 @@ def compare(real: Statistics, fake: Statistics, suffix: str = "") -> dict[str, f
 # ---- InceptionV3 of 2015-12-05, as FID has always used it (Szegedy et al., arXiv 1512.00567) ---------------
 
 class ConvNorm(nn.Module):
-    """Convolution of a kernel k or (k, l), without bias, batch norm, ReLU; padded unless it strides."""
+    """A convolution without bias, then batch norm and ReLU. The kernel is k x k or (k, l).
+
+    The input is padded to keep its size, unless the convolution strides or `pad` is off.
+    """
 
     def __init__(self, cin, cout, kernel, stride=1, pad=True):
         super().__init__()
@@ -314,7 +314,7 @@ def _block_c(c):  # 17 x 17
 
 
 def _block_e(pool):  # 8 x 8
-    fork = [(384, (1, 3)), (384, (3, 1))]
+    fork = [(384, (1, 3)), (384, (3, 1))]  # two convolutions that read the same input
     return {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), fork],
             "branch3x3dbl": [(448, 1), (384, 3), fork]}, pool, 192
 
@@ -327,7 +327,7 @@ _MIXED = {
     "Mixed_7a": ({"branch3x3": [(192, 1), (320, 3, 2)],
                   "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)]}, "halve", 0),
     "Mixed_7b": _block_e("avg"),
-    "Mixed_7c": _block_e("max"),  # a slip of 2015 that every FID repeats
+    "Mixed_7c": _block_e("max"),  # a mistake of 2015: the released network has a maximum here
 }
 
 
@@ -359,7 +359,7 @@ class InceptionV3(nn.Module):
         for name in _MIXED:
             x = self.get_submodule(name)(x)  # 5: (B, 288, 35, 35), 6: (B, 768, 17, 17), 7: (B, 2048, 8, 8)
             if name == "Mixed_6d":
-                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # of the first branch
         return x.mean((2, 3)), spatial
 
 
@@ -375,7 +375,7 @@ def resize_adm(x: torch.Tensor, size: int = 299) -> torch.Tensor:
         source = torch.arange(size, device=x.device, dtype=torch.float32) * scale
         low = source.floor().long()
         high = (low + 1).clamp(max=length - 1)
-        weight = (source - low).view(-1, *[1] * (3 - axis))
+        weight = (source - low).view(-1, *[1] * (3 - axis))  # along `axis`
         a, b = x.index_select(axis, low), x.index_select(axis, high)
         x = a + (b - a) * weight
     return x
@@ -403,7 +403,6 @@ def load_inception(weights: str | None, cache: str | Path, resize: str = "adm",
     state, model = read_weights(path), InceptionV3()
     with reading(path, "file of FID's InceptionV3"):
         model.load_state_dict(state)
-    check_finite(path, {name: value for name, value in state.items() if value.is_floating_point()})
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     features = f"features: InceptionV3 with weights of sha256 {sha[:16]}, resize {resize}, float32"
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), features
@@ -451,7 +450,7 @@ class Classifier(nn.Module):
 
     def __init__(self, classes: int, size: int):
         super().__init__()
-        stride = max(size // 32, 1)  # of 32 px and more the stem leaves 32 x 32 to 63 x 63 places
+        stride = max(size // 32, 1)  # images of 32 px and more leave the stem with 32 x 32 to 63 x 63 places
         self.stem = nn.Conv2d(3, 32, 2 * stride + 1, stride, padding=stride, bias=False)
         self.norm = nn.BatchNorm2d(32)
         self.blocks = nn.Sequential(ResidualBlock(32, 64), ResidualBlock(64, 128), ResidualBlock(128, 256))
@@ -463,7 +462,10 @@ class Classifier(nn.Module):
 
 
 def train_classifier(side: Side, steps: int, batch: int = 64, device="cpu") -> Classifier:
-    """SGD on images `in_memory`, one cycle, flips, shifts up to an eighth; the same again on one CPU."""
+    """SGD with one cycle on images `in_memory`, flipped and shifted by up to an eighth.
+
+    On one CPU it gives the same classifier again.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Classifier(len(side.classes), side.size[0])
@@ -503,8 +505,8 @@ def training_batches(side: Side, steps: int, batch: int) -> Iterator[tuple[np.nd
 def find_classifier(side: Side, held_out: Side, steps: int, cache: str | Path, device="cpu") -> Path:
     """The file in `cache` of the classifier of `side`, which is trained first if it is not there.
 
-    The file also says how it was made and how often it is right on `held_out`. Sides `in_memory` have the
-    fingerprint of their pixels, so that no classifier of other pixels is found.
+    The file also says how it was made and how often it is right on `held_out`. Sides that are `in_memory`
+    have a fingerprint of their pixels, so that a classifier of other pixels is never taken.
     """
     K, size = len(side.classes), side.size[0]
     made_of = digest([side.fingerprint, held_out.fingerprint, size, steps])
@@ -567,7 +569,7 @@ class Side:
 def image_side(images: ImageSet, size: int | None = None, rows: np.ndarray | None = None) -> Side:
     """The images of `rows` (by default all) in that order; with `size` each is centre-cropped to it.
 
-    Raises ValueError if one cannot be read; reading does, too, and if their sizes differ.
+    Raises ValueError if an image cannot be read; `batches` also does if their sizes differ.
     """
     order = np.arange(len(images)) if rows is None else rows
     shape = (size, size) if size else images.read(0).size[::-1]
@@ -580,7 +582,7 @@ def image_side(images: ImageSet, size: int | None = None, rows: np.ndarray | Non
             crops = read_pixels(images, order[start:start + batch], pixels)
             if images.unreadable:  # read_pixels lets one in a hundred pass
                 raise ValueError(f"a score leaves no image out: {images.unreadable[0]}")
-            if {crop.shape[:2] for crop in crops} != {shape}:
+            if {crop.shape[:2] for crop in crops} != {shape}:  # (H, W)
                 raise ValueError(f"{images.source} holds images of different sizes; make them equal "
                                  "(--image-size N does it for --real).")
             yield np.stack(crops)
@@ -596,12 +598,13 @@ def image_side(images: ImageSet, size: int | None = None, rows: np.ndarray | Non
 def in_memory(side: Side, vq: VQModel | None = None) -> Side:
     """The same images, read once and kept: 3 H W bytes each.
 
-    Their fingerprint is that of the pixels, labels and classes: it notices a picture replaced by another of
-    the same name. With a tokenizer `vq` each is encoded and decoded, and the fingerprint is also the
-    tokenizer's. Errors as reading the side raises.
+    Their fingerprint is that of the pixels, labels and classes, so that a picture which was replaced under
+    the same name is noticed. With a tokenizer `vq` each is encoded and decoded, and the fingerprint is also
+    the tokenizer's. Errors as reading the side raises.
     """
     pixels, done, sha = np.empty((side.count, *side.size, 3), np.uint8), 0, hashlib.sha256()
-    for crops in progress(side.batches(256), f"reading {side.name}", -(-side.count // 256), leave=False):
+    total = math.ceil(side.count / 256)
+    for crops in progress(side.batches(256), f"reading {side.name}", total, leave=False):
         sha.update(crops)
         pixels[done:done + len(crops)] = reconstruct(vq, torch.from_numpy(crops)).numpy() if vq else crops
         done += len(crops)
@@ -634,15 +637,15 @@ def open_folder(source: str) -> ImageSet:
                     lambda i: decode_image(read_bytes(names[i]), f"{source}/{names[i]}"))
 
 
-def open_real(args: argparse.Namespace, split: str) -> ImageSet:
-    """A split of --real as tokenizer.open_images finds it, or all images of a folder without classes."""
+def open_real(args: argparse.Namespace) -> ImageSet:
+    """The training images that tokenizer.open_images finds in --real, or all of a folder without classes."""
     try:
-        return open_images(args.real, split, args.subset)
+        return open_images(args.real, "train", args.subset)
     except ValueError:
-        if args.features == "classifier" or split == "val" or args.subset:
+        if args.features == "classifier" or args.subset:
             raise
         images = open_folder(args.real)
-        if any("/" in name for name in images.names):
+        if any("/" in name for name in images.names):  # it has folders: say what is wrong with them
             raise
         return images
 
@@ -658,8 +661,8 @@ def open_samples(name: str) -> Side:
 def npz_side(path: str | Path) -> Side:
     """ADM's .npz: images `arr_0` uint8 (N, H, W, 3), labels `arr_1` (N,) int; or statistics; or both.
 
-    Two more arrays are understood where sample.py or --save-stats wrote them: `protocol`, a JSON string, and
-    `classes`, the class names in label order. Pixels are streamed from the file, in its order.
+    Two more arrays are understood where sample.py wrote them: `protocol`, a JSON string, and `classes`, the
+    class names in label order. Pixels are streamed from the file, in its order.
     Raises FileNotFoundError, or ValueError if the file is damaged or its arrays are not as above.
     """
     if not Path(path).is_file():
@@ -673,7 +676,7 @@ def npz_side(path: str | Path) -> Side:
         protocol, labels = dict(json.loads(str(arrays.get("protocol", "{}")))), arrays.get("arr_1")
         classes = arrays["classes"].tolist() if "classes" in arrays else None
         side = Side(str(path), digest([(info.filename, info.CRC) for info in file.zip.infolist()]),
-                    protocol.get("images"), None, None, labels, classes, protocol, statistics)
+                    None, None, None, labels, classes, protocol, statistics)
         if "arr_0" not in file.files:
             if not statistics:
                 raise ValueError("it holds neither images, arr_0, nor statistics, mu and sigma")
@@ -702,14 +705,12 @@ def _npz_batches(path, batch):
             yield np.frombuffer(data, np.uint8).reshape(count, H, W, 3)
 
 
-def the_floor(images: ImageSet, size: int, vq: VQModel, count: int | None) -> Side:
-    """The row `reconstructions`: `count` images, evenly spaced, encoded and decoded; else at most 5,000.
+def the_floor(images: ImageSet, size: int, vq: VQModel, counts: list[int]) -> Side:
+    """The row `reconstructions`, the floor: evenly spaced images, encoded and decoded.
 
-    Raises ValueError if there are not so many.
+    They are as many as the samples, of which there are `counts`, where there are enough images.
     """
-    count = count or min(5000, len(images))
-    if count > len(images):
-        raise ValueError(f"--floor-images {count}: {images.source} has {len(images)} of {images.split}.")
+    count = min([len(images), *counts])
     rows = np.linspace(0, len(images) - 1, count).astype(int)[mixed(count)]
     side = in_memory(image_side(images, size, rows), vq)
     return replace(side, name="reconstructions (the floor)", protocol={"made of": side.name})
@@ -732,7 +733,7 @@ def real_halves(images: ImageSet, size: int | None, vq: VQModel | None, counts: 
 def common_size(images: ImageSet | None, sides: list[Side], asked: int | None) -> int | None:
     """The side in pixels to which real `images` are cut, that of all `sides`; None: they stay as they are.
 
-    Raises ValueError if sizes differ. Images without classes are only cut if it is `asked`.
+    Raises ValueError if sizes differ. Images without classes are cut only to a size that is `asked` for.
     """
     if images and not images.classes:
         sides = [*sides, image_side(images, asked)]
@@ -754,18 +755,7 @@ def check_labels(side: Side, real: Side) -> None:
     """Raise ValueError if the samples of `side` say that they are of other classes than the images `real`."""
     labels = [0] if side.labels is None else side.labels
     if side.classes not in (None, real.classes) or min(labels) < 0 or max(labels) >= len(real.classes):
-        raise ValueError(f"{side.name} was drawn from other classes than those of {real.name}.")
-
-
-def check_statistics(side: Side, features: str) -> None:
-    """Raise ValueError if the statistics of `side` say that they are of other features.
-
-    Those of other packages do not say what they are: --resize is believed.
-    """
-    made = side.protocol.get("features", features)
-    if side.statistics and made != features:
-        raise ValueError(f"the statistics {side.name} were made with {made!r}, the images would be read with "
-                         f"{features!r}; use the same --features, --weights and --resize.")
+        raise ValueError(f"{side.name} has samples of other classes than those of {real.name}.")
 
 
 # ---- The table and its protocol ----------------------------------------------------------------------------
@@ -778,13 +768,11 @@ def protocol_lines(real: Side, fakes: list[Side], features: str) -> list[str]:
         size = f" of {side.size[1]} x {side.size[0]}" if side.size else ""
         line = f"{role}: {side.name}, {count} images{size}, fingerprint {side.fingerprint}"
         if side.statistics:
-            line += "; covariances from the file's own statistics"
-            if "features" not in side.protocol:
-                package = "ADM's suite" if "resize adm" in features else "pytorch-fid"
-                line += f", which are taken for those of {package} (--resize)"
-        made = [f"{key} {value}" for key, value in side.protocol.items() if key != "features"]
-        if role == "fake":
-            made = made or ["guidance, temperature, student or teacher: not recorded in the file"]
+            package = "ADM's suite" if "resize adm" in features else "pytorch-fid"
+            line += f"; covariances from the file's own statistics, taken for those of {package} (--resize)"
+        made = [f"{key} {value}" for key, value in side.protocol.items()]
+        if role == "fake" and not made:
+            made = ["guidance, temperature, student or teacher: not recorded in the file"]
         lines.append("; ".join([line, ", ".join(made)]) if made else line)
     return [*lines, features,
             "precision, recall: k = 3, float64, on at most 10,000 real and 50,000 fake images, evenly spaced"]
@@ -811,7 +799,7 @@ def format_table(rows: dict[str, dict[str, float | None]]) -> str:
     measures, width = list(next(iter(rows.values()))), max(map(len, rows))
     lines = [" " * width + "".join(f"{measure:>17}" for measure in measures)]
     for name, row in rows.items():
-        # adding 0.0 turns -0.0 into 0.0
+        # adding 0.0 turns -0.0, which would be printed with its sign, into 0.0
         cells = ["-" if value is None else f"{round(value, 4) + 0.0:.4f}" for value in row.values()]
         lines.append(name.ljust(width) + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)
@@ -827,53 +815,46 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--real", required=True, help="folder, zip, shapes, or .npz of images or statistics")
-    add("--fake", nargs="*", default=[], metavar="FILE",
+    add("--fake", nargs="+", required=True, metavar="FILE",
         help=".npz, folder or zip of samples; real-half: one half of the real images, scored against the "
         "other; reconstructions: real images encoded and decoded by --vq, the floor")
     add("--reference", choices=["originals", "reconstructions"], default="originals",
         help="compare with real images as they are, or encoded and decoded by --vq")
     add("--vq", help="the tokenizer of the reconstructions: a file or a run folder")
-    add("--floor-images", type=within(int, 4, 1e7),
-        help="how many, evenly spaced, --fake reconstructions has (default: at most 5000)")
     add("--subset", default="", help="file with class folders of --real, one a line")
-    add("--split", choices=["train", "val"], default="train", help="which images of --real")
     add("--image-size", type=within(int, 8, 4096),
         help="centre-crop real images, pixels (default: to the fakes' size)")
     add("--features", choices=["inception", "classifier"], default="inception")
     add("--resize", choices=["adm", "pytorch-fid"], default="adm",
-        help="to 299 px; also tells whose statistics those are that do not say it")
+        help="how images are resized to 299 px, and were for a file of statistics")
     add("--weights", help="InceptionV3's weights (default: downloaded once into --cache)")
     add("--classifier", help="file of a classifier of an earlier table, instead of a new one")
     add("--classifier-steps", type=within(int, 10, 1e7), default=1200, help="training steps of 64 images")
     add("--cache", default="cache", help="folder for weights and trained classifiers")
-    add("--save-stats", help="file to which to write the real side's statistics as .npz")
     add("--json", help="file to which to write the table, protocol and warnings")
-    add("--batch", type=within(int, 1, 100_000), default=64, help="images at once; no number depends on it")
+    add("--batch", type=within(int, 1, 100_000), default=64, help="images at a time; changes no score")
     add("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
     args = parser.parse_args(argv)
 
     classifier, decoded = args.features == "classifier", args.reference == "reconstructions"
-    if not args.fake and not args.save_stats:
-        raise ValueError("nothing to do: name samples with --fake, or a file with --save-stats.")
     if "" in (args.real, *args.fake):
         raise ValueError("--real or --fake is empty (a variable that is not set?); name a file or a folder.")
-    if args.real.endswith(".npz") and (classifier or decoded or args.subset or args.split == "val"
+    if args.real.endswith(".npz") and (classifier or decoded or args.subset
                                        or set(args.fake) & set(REAL_ROWS)):
-        raise ValueError(f"{args.real} is an .npz: real-half, reconstructions, --subset, --split and "
-                         "--features classifier need a folder or a zip of images as --real.")
+        raise ValueError(f"{args.real} is an .npz: real-half, reconstructions, --subset and --features "
+                         "classifier need a folder or a zip of images as --real.")
     if decoded and "reconstructions" in args.fake:
         raise ValueError("reconstructions cannot be fakes and the reference at once; leave one out.")
     if bool(args.vq) != (decoded or "reconstructions" in args.fake):
-        raise ValueError("--vq names the tokenizer of reconstructions, in --fake or --reference; give both.")
-    if classifier and args.save_stats or args.classifier and not classifier:
-        raise ValueError("--save-stats works only with --features inception, --classifier only with "
-                         "--features classifier; leave it out.")
+        raise ValueError("--vq and reconstructions, in --fake or --reference, go together; give both.")
+    if args.classifier and not classifier:
+        raise ValueError("--classifier goes with --features classifier; leave it out.")
     if args.vq and Path(args.vq).is_dir():
         args.vq = f"{args.vq}/tokenizer.pt"
-    for path in filter(None, (args.save_stats, args.json)):
-        if path in (args.real, *args.fake, args.vq, args.weights, args.classifier):
-            raise ValueError(f"{path} is an input and would be overwritten; choose another name.")
-        check_output(path)
+    if args.json:
+        if not args.json.endswith(".json"):  # it could also be somebody's samples
+            raise ValueError(f"--json {args.json}: name a file that ends in .json.")
+        check_output(args.json)
     return args
 
 
@@ -888,10 +869,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device, classifier = choose_device(args.device), args.features == "classifier"
 
-    # Both sides, opened: what does not fit together is found before the long work.
+    # Open both sides first, so that what does not fit together is found before the long work.
     vq = load_tokenizer(args.vq, device) if args.vq else None
     samples = {name: open_samples(name) for name in args.fake if name not in REAL_ROWS}
-    images = None if args.real.endswith(".npz") else open_real(args, args.split)
+    images = None if args.real.endswith(".npz") else open_real(args)
     given = [*samples.values()] if images else [npz_side(args.real), *samples.values()]
     size = common_size(images, given, args.image_size)
     if images and not size and (vq or classifier):
@@ -908,45 +889,38 @@ def main(argv: list[str] | None = None) -> None:
         real = in_memory(real, decode)
         path = args.classifier
         if not path:
-            train, held_out = (
-                real if split == args.split else in_memory(image_side(open_real(args, split), size), decode)
-                for split in ("train", "val"))
-            path = find_classifier(train, held_out, args.classifier_steps, args.cache, device)
+            held_out = in_memory(image_side(open_images(args.real, "val", args.subset), size), decode)
+            path = find_classifier(real, held_out, args.classifier_steps, args.cache, device)
         model, features = load_classifier(path, real, device)
         extract, suffix = classifier_extractor(model, device), "-c"
     else:
         model, features = load_inception(args.weights, args.cache, args.resize, device)
         extract, suffix = inception_extractor(model, args.resize, device), ""
-        for side in given:
-            check_statistics(side, features)
         real = in_memory(real, decode) if decode else real
 
     # One row for each of --fake.
     reference = feature_statistics(real, extract, args.batch)
-    if args.save_stats:
-        about = json.dumps({"images": real.count, "source": real.name, "fingerprint": real.fingerprint,
-                            "features": features})
-        write_file(args.save_stats, lambda file: np.savez(file, **reference.moments, protocol=about))
     rows, fakes, notes = {}, [], []
+    counts = [side.count for side in samples.values() if side.count]
     for name in args.fake:
-        side, other, theirs = samples.get(name), real, reference
+        side, others, theirs = samples.get(name), real, reference
         if name == "reconstructions":
-            side = the_floor(images, size, vq, args.floor_images)
+            side = the_floor(images, size, vq, counts)
         elif name == "real-half":
-            side, other = real_halves(images, size, decode, [sample.count for sample in samples.values()])
-            theirs = feature_statistics(other, extract, args.batch)
+            side, others = real_halves(images, size, decode, counts)
+            theirs = feature_statistics(others, extract, args.batch)
         rows[side.name] = compare(theirs, feature_statistics(side, extract, args.batch, CONVENTION), suffix)
         fakes.append(side)
         if classifier:
-            bias = expected_distance(reference.moments["sigma"], side.count, other.count)
+            bias = expected_distance(reference.moments["sigma"], side.count, others.count)
             notes.append(f"{side.name}: FD-c of two samples of one distribution, {side.count:,} and "
-                         f"{other.count:,} images, would be about {bias:.3f}")
+                         f"{others.count:,} images, would be about {bias:.3f}")
 
     if classifier:
         notes += [f"classifier: {path}; --classifier uses it again",
                   "-c and class agreement are its own: compare them with each other, never with FID"]
     protocol, warnings = protocol_lines(real, fakes, features) + notes, warning_lines(real, fakes, features)
-    print("\n".join([*([format_table(rows)] if rows else []), *protocol, *warnings]))
+    print("\n".join([format_table(rows), *protocol, *warnings]))
     if args.json:
         scores = {"scores": rows, "protocol": protocol, "warnings": warnings, "settings": vars(args)}
         write_file(args.json, lambda file: file.write(json.dumps(scores, indent=1).encode()))

@@ -75,8 +75,8 @@ def mim_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
         L_MIM = 1/T sum_t D(h_t, h'_t),   D(a, b) = 1 - a.b / (|a| |b|)                                (Eq. 4)
 
-    h: student, keys masked; h', the target: teacher, nothing masked, no gradient; both on the same tokens, at
-    all positions: keys are missing, tokens are not.
+    h: student, keys masked; h', the target: teacher, nothing masked, detached here; both on the same tokens,
+    at all positions: keys are missing, tokens are not. In float32, also under autocast.
     our choice: the raw block output, before the final norm.
     """
     return 1 - F.cosine_similarity(student.float(), target.float().detach(), dim=-1).mean()
@@ -95,6 +95,8 @@ def projector(dim: int) -> nn.Sequential:
 def info_nce(anchors: torch.Tensor, targets: torch.Tensor,
              temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """InfoNCE over slots; anchors (S, B, C), targets (S, B_all, C). Returns loss and accuracy in [0, 1].
+
+    No gradient reaches the targets: they are detached here.
 
         -1/(S B) sum_s sum_b log  exp(a_sb . t_sb / tau) / sum_b' exp(a_sb . t_sb' / tau)
 
@@ -128,6 +130,7 @@ def step_loss(z: torch.Tensor, target: torch.Tensor,
     """
     if z.shape[1] < 2:
         raise ValueError("the step loss needs at least two positions, K >= 2.")
+    # i: the anchor's, j: its target's place among the K positions
     i, j = ordered_pairs(z.shape[1], z.device)
     anchors, targets = z[:, i].flatten(0, 1), target[:, j].flatten(0, 1)  # S = V K (K - 1) slots
     return info_nce(anchors, targets, temperature)
@@ -143,6 +146,7 @@ def view_loss(z: torch.Tensor, target: torch.Tensor,
     """
     if z.shape[0] < 2:
         raise ValueError("the view loss needs at least two views, V >= 2.")
+    # i: the anchor's, j: its target's view
     i, j = ordered_pairs(z.shape[0], z.device)
     anchors, targets = z[i].flatten(0, 1), target[j].flatten(0, 1)  # S = V (V - 1) K slots
     return info_nce(anchors, targets, temperature)

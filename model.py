@@ -194,8 +194,9 @@ class Transformer(nn.Module):
         """
         start = cache.length if cache is not None else 0
         end = tokens.shape[1] + 1
-        x = self.tok_embeddings(tokens[:, max(start - 1, 0):])  # (B, n, C), or what the cache lacks of it
-        if start == 0:
+        new = tokens[:, max(start - 1, 0):]  # position p reads token x_p, which stands at p - 1 in `tokens`
+        x = self.tok_embeddings(new)  # (B, n, C), or what the cache lacks of it
+        if start == 0:  # position 0 reads the class
             x = torch.cat([self.cls_embedding["embedding_table"](classes)[:, None], x], 1)  # (B, t, C)
         x = self.tok_dropout(x)
 

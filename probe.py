@@ -11,7 +11,7 @@ paper's figures, and what draws them here (Fig. 3, the method, is in the table o
     Fig. 6             sample.save_samples    generated images
 
     python probe.py runs/tiny-ar runs/tiny --out figures                # pictures and probe.json
-    python probe.py runs/tiny-ar runs/tiny --out figures --layers all   # of every layer, not of one alone
+    python probe.py runs/tiny-ar runs/tiny --out figures --layers all   # every layer instead of one
     python probe.py c2i_B_256.pt --vq vq_ds16_c2i.pt --data IMAGENET    # LlamaGen's checkpoint
 
 Position p has seen the class and p tokens, the last being its own, and predicts the next one. The paper
@@ -46,11 +46,11 @@ class Subject(NamedTuple):
     name: str
     model: Transformer
     vq: tokenizer.VQModel
-    depth: int  # the layer whose numbers stand for the model: its contrast depth, or the middle
+    depth: int  # the layer reported for the model: its contrast depth, or the middle
     layers: list[int]  # the layers to probe, `depth` among them
     train: tokenizer.TokenCache  # (N, V, T), crops
     held_out: tokenizer.TokenCache  # (N, 1, T), centre crops
-    images: tokenizer.ImageSet  # the pixels of `held_out`
+    images: tokenizer.ImageSet  # the images of `held_out`
     ratio: float  # the first crop ratio
     origin: dict  # for probe.json: kind of weights, step and seed of the training, digests, images
 
@@ -66,8 +66,10 @@ def measure(subject: Subject, args: argparse.Namespace) -> dict:
     results = subject.origin | {"layer": subject.depth}
 
     # Linear probe: learned from crops of training images, tested on the centre crops of all held-out images.
-    K, (_, V, T) = len(train.meta["classes"]), train.tokens.shape
+    K = len(train.meta["classes"])
+    _, V, T = train.tokens.shape
     rows, test_rows = choose(train, args.train_images, args.seed), choose(held_out, 0, args.seed)
+    # of each image some of its V crops, all different
     crops = np.random.default_rng(args.seed).random((len(rows), V)).argsort(1)[:, :args.crops]
     images = torch.from_numpy(rows).repeat_interleave(crops.shape[1])  # the image that each crop is of
     labels = torch.from_numpy(train.labels)[images]
@@ -85,10 +87,10 @@ def measure(subject: Subject, args: argparse.Namespace) -> dict:
     results["attention"] = attention_numbers(mean, model.config.grid)
 
     # Consistency: of two crops of the same images, and of their codes as the crop moves.
-    codes = crops_and_codes(subject, rows)[1]  # (N, 7, T)
-    pairs = extract(model, codes[:, :2].reshape(-1, T), [subject.depth])[:, :8]  # (2 N, 8, C)
+    codes = crops_and_codes(subject, rows)[1]  # (N, 7, T): two distant crops, one unmoved, four moved
+    pairs = extract(model, codes[:, :2].reshape(-1, T), [subject.depth])[:, :8]  # (2 N, 8, C), no mean
     results["cosine"] = consistency(pairs.unflatten(0, (-1, 2)))
-    changed = (codes[:, 3:] != codes[:, 2:3]).mean((0, 2))
+    changed = (codes[:, 3:] != codes[:, 2:3]).mean((0, 2))  # each moved crop against the unmoved one
     results["codes_changed"] = dict(zip(SHIFTS[1:], changed.tolist()))
     results["images"] = len(codes)  # of attention, cosine and codes_changed
     assert tokenizer.fingerprint(model) == before, "the probe moved the backbone"
@@ -124,7 +126,8 @@ def run_frozen(model: Transformer, tokens: np.ndarray, **wanted) -> Output:
 def extract(model: Transformer, tokens: np.ndarray, layers: list[int], batch: int = 64) -> torch.Tensor:
     """Features of `layers` at eight positions, and their mean over all: float16 (N, 9 L, C), by layer.
 
-    tokens (N, T) codes. One pass serves all layers and positions, and goes no deeper than the last layer.
+    tokens (N, T) codes. One forward pass gives all layers and positions; blocks after the last layer asked
+    for are not run.
     """
     positions = eight_positions(tokens.shape[1])
     features = torch.empty(len(tokens), 9 * len(layers), model.config.dim, dtype=torch.float16)
@@ -168,11 +171,12 @@ def fit(features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, settin
     """Train G x H probes at once on `rows` of features (N, G, C) and labels (N,): SGD with momentum 0.9.
 
     settings (G, H, 2): learning rate, which falls to zero along half a cosine, and weight decay of each
-    probe. The probes share batches and nothing else: no number depends on which others are computed beside
-    it.
+    probe. The probes share their batches and nothing else, so that no number depends on which others are
+    trained beside it.
     """
     (G, H, _), g = settings.shape, torch.Generator().manual_seed(0)
     probes = Probes(G, features.shape[2], H, num_classes).to(device)
+    # one column for each class of each of the H settings
     rate, decay = settings.to(device).repeat_interleave(num_classes, 1)[:, None].unbind(-1)  # (G, 1, H K)
     weights = list(probes.parameters())
     speeds = [torch.zeros_like(w) for w in weights]
@@ -186,7 +190,7 @@ def fit(features: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, settin
             fall = 0.5 + 0.5 * math.cos(math.pi * (epoch + i / batches) / EPOCHS)
             for w, v, gradient in zip(weights, speeds, gradients):
                 v.mul_(0.9).add_(gradient).add_(decay * w.detach())
-                w.data.sub_(fall * rate * v)
+                w.data.sub_(fall * rate * v)  # in place: autograd has no part in this
     return probes.eval()
 
 
@@ -210,7 +214,7 @@ def linear_probe(train: torch.Tensor, labels: torch.Tensor, images: torch.Tensor
     train (N, G, C), labels (N,), images (N,): which image a row is a crop of; test (N', G, C), test_labels
     (N',). Learning rate and weight decay are chosen per feature on a tenth of the TRAINING images, with all
     their crops, by cross-entropy, which is less noisy than accuracy; then the probe is trained again on all
-    of them. The test images are looked at once.
+    of them. The test images are used once, at the end.
     """
     shuffled = images.unique()
     shuffled = shuffled[torch.randperm(len(shuffled), generator=torch.Generator().manual_seed(1))]
@@ -218,11 +222,13 @@ def linear_probe(train: torch.Tensor, labels: torch.Tensor, images: torch.Tensor
     settings = torch.tensor(SETTINGS)  # (H, 2)
     tried = fit(train, labels, (~aside).nonzero()[:, 0], settings.expand(train.shape[1], -1, 2), num_classes,
                 device)
-    best = evaluate(tried, train[aside], labels[aside])[1].argmin(1)  # (G,)
+    _, losses = evaluate(tried, train[aside], labels[aside])  # (G, H)
+    best = losses.argmin(1)  # (G,)
     final = fit(train, labels, torch.arange(len(train)), settings[best][:, None], num_classes, device)
-    correct, n = evaluate(final, test, test_labels)[0][:, 0], len(test)
+    correct, _ = evaluate(final, test, test_labels)  # (G, 1)
+    n = len(test)
     return [{"accuracy": count / n, "interval": wilson(count, n), "n": n, "learning_rate": SETTINGS[i][0],
-             "weight_decay": SETTINGS[i][1]} for count, i in zip(correct.tolist(), best)]
+             "weight_decay": SETTINGS[i][1]} for count, i in zip(correct[:, 0].tolist(), best)]
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
@@ -233,9 +239,6 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 
 
 # ---- Attention ---------------------------------------------------------------------------------------------
-
-MASSES = ("class", "itself", "neighbours", "elsewhere")
-
 
 @torch.no_grad()
 def attention_maps(model: Transformer, tokens: np.ndarray, batch: int = 4) -> Iterator[torch.Tensor]:
@@ -267,7 +270,7 @@ def attention_numbers(weights: torch.Tensor, grid: int) -> dict[str, list[float]
 
 
 def even_distance(num_tokens: int) -> float:
-    """The "distance" of `attention_numbers` if a query looked at all that it can see alike."""
+    """The "distance" of `attention_numbers` if every query attended equally to all that it can see."""
     evenly = torch.ones(num_tokens, num_tokens).tril() / torch.arange(1, num_tokens + 1)[:, None]
     return attention_numbers(evenly[None], math.isqrt(num_tokens))["distance"][0]
 
@@ -280,8 +283,8 @@ SHIFTS = (0, 1, 2, 4, 8)  # pixels
 def crops_and_codes(subject: Subject, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Seven crops of held-out images, uint8 (N, 7, S, S, 3), and their codes, int64 (N, 7, T).
 
-    Crops 0 and 1: upper left and lower right of the ten crops, the farthest apart without a mirror. From 2
-    on: moved to the right by `SHIFTS`. Images that cannot be read are left out.
+    Crops 0 and 1: upper left and lower right of the ten crops, the two that are farthest apart and not
+    mirrored. From 2 on: moved to the right by `SHIFTS`.
     """
     size = subject.held_out.meta["image_size"]
 
@@ -291,8 +294,7 @@ def crops_and_codes(subject: Subject, rows: np.ndarray) -> tuple[np.ndarray, np.
         moved = [wide[top:top + size, shift:shift + size] for shift in SHIFTS]
         return np.stack([*tokenizer.ten_crops(image, size, subject.ratio)[[0, 3]], *moved])
 
-    crops = tokenizer.read_pixels(subject.images, rows.tolist(), cut)
-    pixels = np.stack([crop for crop in crops if crop is not None])
+    pixels = np.stack(tokenizer.read_pixels(subject.images, rows.tolist(), cut))
     codes = tokenizer.encode_pixels(subject.vq, torch.from_numpy(pixels).flatten(0, 1))
     return pixels, codes.unflatten(0, (-1, 7)).numpy()
 
@@ -318,61 +320,47 @@ def consistency(features: torch.Tensor) -> dict[str, float]:
 BLUE = np.array([0, 114, 178])  # sample.COLOURS[0]
 
 
-def draw_probe(subjects: list[Subject], results: dict[str, dict]) -> dict[str, Image.Image]:
-    """Figures 1b and 4: accuracy by position at each model's depth, with 95 % bands; and a table by layer."""
+def draw_probe(subjects: list[Subject], results: dict[str, dict]) -> Image.Image:
+    """Figures 1b and 4: accuracy by position at each model's depth, with 95 % bands; dashed: mean-pooled."""
     T, K = subjects[0].model.config.num_tokens, len(subjects[0].train.meta["classes"])
     steps = [p + 1 for p in eight_positions(T)]
-    curves, pooled, bands, tables, widest = {}, {}, {}, {}, 0
+    curves, pooled, bands = {}, {}, {}
     for subject in subjects:
-        probed = results[subject.name]["probe"]
-        accuracy = 100 * np.reshape([r["accuracy"] for r in probed], (-1, 9))  # (L, eight positions and mean)
-        half = 50 * np.reshape([np.ptp(r["interval"]) for r in probed], (-1, 9))
-        at = subject.layers.index(subject.depth)
-        curves[subject.name], bands[subject.name] = list(zip(steps, accuracy[at, :8])), half[at, :8]
-        pooled[subject.name] = [(s, accuracy[at, 8]) for s in steps]
-        tables[subject.name] = {f"layer {n}": line for n, line in zip(subject.layers, accuracy)}
-        widest = max(widest, half.max())
+        *at_steps, mean = [r for r in results[subject.name]["probe"] if r["layer"] == subject.depth]
+        curves[subject.name] = [(r["step"], 100 * r["accuracy"]) for r in at_steps]
+        bands[subject.name] = [50 * np.ptp(r["interval"]) for r in at_steps]  # half of the interval's width
+        pooled[subject.name] = [(s, 100 * mean["accuracy"]) for s in steps]
     curves["chance"] = [(s, 100 / K) for s in steps]
-    plot = sample.line_plot(curves, "dashed: mean-pooled, bands: 95 %", f"position of {T}, counted from 1",
+    return sample.line_plot(curves, "dashed: mean-pooled, bands: 95 %", f"position of {T}, counted from 1",
                             "linear probe, top-1 %", bands, dashed=pooled)
-    title = f"Linear probe, top-1 %, by layer and position, ±{widest:.1f}"
-    return {"probe": plot, "layers": heat_map(tables, [*map(str, steps), "mean"], title)}
 
 
-def draw_numbers(subjects: list[Subject], results: dict[str, dict]) -> dict[str, Image.Image]:
-    """Attention distance and mass, cosines: Observations 1 to 3 as plots and tables."""
-    distance, mass, cosine = {}, {}, {}
-    for name, numbers in results.items():
-        attention = numbers["attention"]
-        distance[name] = list(enumerate(attention["distance"], 1))
-        by_layer = zip(*(attention[kind] for kind in MASSES))
-        mass[name] = {f"layer {n}": shares for n, shares in enumerate(by_layer, 1)}
-        cosine[name] = list(numbers["cosine"].values())
+def draw_distance(subjects: list[Subject], results: dict[str, dict]) -> Image.Image:
+    """Attention distance by layer: Observation 1 as a plot."""
+    curves = {name: list(enumerate(numbers["attention"]["distance"], 1)) for name, numbers in results.items()}
     even = even_distance(subjects[0].model.config.num_tokens)
     deepest = max(subject.model.config.n_layer for subject in subjects)
-    distance["even"] = [(n, even) for n in range(1, deepest + 1)]
-    return {"distance": sample.line_plot(distance, "", "layer", "attention distance, tokens"),
-            "mass": heat_map(mass, list(MASSES), "Share of the attention by kind of key", 2),
-            "cosine": heat_map({"": cosine}, ["positions", "crops", "images"],
-                               "Mean cosine between features of different", 3)}
+    curves["even"] = [(n, even) for n in range(1, deepest + 1)]
+    return sample.line_plot(curves, "", "layer", "attention distance, tokens")
 
 
 def draw_attention(subjects: list[Subject], rows: np.ndarray) -> Image.Image:
     """Figures 1a, 2, 5 and 7: where the current token looks, models side by side, by image and layer."""
     T, grid = subjects[0].model.config.num_tokens, subjects[0].model.config.grid
-    positions = [max(T * i // 4, 2) - 1 for i in range(1, 5)]  # position 0 sees the class alone
+    positions = [max(T * i // 4, 2) - 1 for i in range(1, 5)]  # not position 0, which sees the class alone
     cells, labels = [], []
     for row in rows.tolist():
         image = tokenizer.center_crop(subjects[0].images.read(row), subjects[0].held_out.meta["image_size"])
         maps = [next(attention_maps(one.model, one.held_out.tokens[[row], 0]))[0] for one in subjects]
-        for layers in zip(*(one.layers for one in subjects)):
+        for layers in zip(*(one.layers for one in subjects)):  # without the last ones of a deeper model
             line = []
             for (weights, n), p in product(zip(maps, layers), positions):
                 seen = weights[n - 1, p, 1:]  # (T - 1,), without the class
+                # key p stands at the place of its token, x_p; the last place has no key
                 seen = F.pad(seen / seen.max().clamp_min(1e-12), (0, 1)).view(grid, grid)
                 line.append(tinted(np.asarray(image), seen.numpy(), p - 1))  # x_p, the current token
             cells.append(line)
-            labels.append("layer " + ", ".join(dict.fromkeys(map(str, layers))))
+            labels.append("layer " + ", ".join(map(str, layers)))
     return montage(cells, labels, [one.name for one in subjects], [f"position {p + 1}" for p in positions],
                    "Attention of the current token (red)")
 
@@ -380,6 +368,7 @@ def draw_attention(subjects: list[Subject], rows: np.ndarray) -> Image.Image:
 def draw_codes(subject: Subject, rows: np.ndarray, changed: dict[int, float]) -> Image.Image:
     """Figure 1c: which codes change when the crop moves by some pixels, and how many do on average."""
     pixels, codes = crops_and_codes(subject, rows)
+    # crop 2 is the one that did not move
     moved = (codes != codes[:, 2:3]).reshape(*pixels.shape[:2], subject.model.config.grid, -1)  # (N, 7, g, g)
     cells = [[tinted(*pair) for pair in zip(*image)] for image in zip(pixels[:, 2:], moved[:, 2:])]
     columns = ["0 px"] + [f"{shift} px: {100 * share:.0f} %" for shift, share in changed.items()]
@@ -389,6 +378,7 @@ def draw_codes(subject: Subject, rows: np.ndarray, changed: dict[int, float]) ->
 def tinted(pixels: np.ndarray, weights: np.ndarray, current: int = -1) -> Image.Image:
     """An image (S, S, 3) in pale grey, blue where `weights` (g, g) in [0, 1] are high; `current` in red."""
     side = 144
+    # from 90 to 255: pale, so that blue and red stand out
     grey = 90 + np.asarray(Image.fromarray(pixels).convert("L").resize((side, side)))[..., None] * (165 / 255)
     alpha = Image.fromarray((weights * 190).astype(np.uint8)).resize((side, side), Image.NEAREST)
     alpha = np.asarray(alpha)[..., None] / 255
@@ -398,27 +388,6 @@ def tinted(pixels: np.ndarray, weights: np.ndarray, current: int = -1) -> Image.
         end = side / len(weights) - 1
         ImageDraw.Draw(image).rectangle([x, y, x + end, y + end], outline="red", width=max(int(end / 5), 2))
     return image
-
-
-def heat_map(tables: dict[str, dict[str, list[float]]], columns: list[str], title: str,
-             digits: int = 1) -> Image.Image:
-    """Tables {name: {row: values}} side by side, in cells from white (smallest value) to blue (largest)."""
-    rows = list(dict.fromkeys(row for table in tables.values() for row in table))
-    missing = [math.nan] * len(columns)  # models may differ in depth
-    values = np.array([[table.get(row, missing) for table in tables.values()] for row in rows])
-    low, high = np.nanmin(values), np.nanmax(values)
-    font, size = ImageFont.load_default(24), (70 if len(columns) > 5 else 136, 44)
-
-    def cell(value):
-        if math.isnan(value):
-            return Image.new("RGB", size, "white")
-        share = (value - low) / max(high - low, 1e-9)
-        image = Image.new("RGB", size, tuple((255 + share * (BLUE - 255)).astype(int).tolist()))
-        ink = "white" if share > 0.6 else "black"
-        ImageDraw.Draw(image).text((size[0] / 2, 22), f"{value:.{digits}f}", ink, font, "mm")
-        return image
-
-    return montage([list(map(cell, line.flat)) for line in values], rows, list(tables), columns, title)
 
 
 def montage(cells: list[list[Image.Image]], rows: list[str], panels: list[str], columns: list[str],
@@ -452,11 +421,7 @@ def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> 
     trained = sample.open_trained(path, args.vq, args.ema, args.image_size, device)
     model, vq, config = trained.model, trained.vq, trained.config
     depth = config.get("depth", model.config.n_layer // 2)
-    existing = [str(n) for n in range(1, model.config.n_layer + 1)]
-    wanted = existing if args.layers == ["all"] else args.layers
-    if not set(wanted) <= set(existing):
-        raise ValueError(f"{trained.name} has layers 1 ... {existing[-1]}, or all; not {' '.join(wanted)}.")
-    layers = sorted({depth, *map(int, wanted)})
+    layers = list(range(1, model.config.n_layer + 1)) if args.layers == "all" else [depth]
 
     data = config.get("data") if args.data is None else args.data
     subset = config.get("subset", "") if args.subset is None else args.subset
@@ -465,7 +430,8 @@ def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> 
     if data == "" and args.data is None:  # Tiny ImageNet, as for train.py, but no other images instead
         data = tokenizer.TINY_IMAGENET[1]
         try:
-            tokenizer.download(*tokenizer.TINY_IMAGENET)
+            if not tokenizer.shipped(data).exists():
+                tokenizer.download(*tokenizer.TINY_IMAGENET)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} was trained on Tiny ImageNet: put it at {data}, or name it with "
                              f"--data; {error}") from None
@@ -491,15 +457,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="run folders or checkpoints (.pt), LlamaGen's too")
     add("--out", type=Path, default=Path("figures"), help="folder for the results")
-    add("--layers", nargs="+", default=[], help="layers to probe beside the contrast depth, or: all")
-    add("--train-images", type=within(int, 0), default=10_000, help="to learn the probe from; 0: all")
+    add("--layers", choices=["all"], help="probe all layers (default: the contrast depth alone)")
+    add("--train-images", type=within(int, 0), default=10_000, help="to train the probe on; 0: all")
     add("--crops", type=within(int, 1), default=2, help="crops of each of these images, of ten or twenty")
-    add("--images", type=within(int, 2), default=200, help="held-out ones for the other numbers")
+    add("--images", type=within(int, 2), default=200, help="held-out images for all other numbers")
     add("--data", help="folder or zip of images (default: the run's)")
     add("--subset", help="file of class folders to keep, one a line; '': all (default: the run's)")
     add("--vq", help="tokenizer file (default: the run's)")
     add("--cache", help="folder for token caches (default: the run's)")
-    add("--image-size", type=within(int, 16, 4096), default=256, help="of a checkpoint that does not tell")
+    add("--image-size", type=within(int, 16, 4096), default=256, help="of checkpoints that do not store it")
     add("--ema", action="store_true", help="the teacher's weights instead of the student's")
     add("--seed", type=within(int, 0, 2 ** 62), default=0, help="of the choice of images and crops")
     add("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
@@ -512,38 +478,39 @@ def main(argv: list[str] | None = None) -> None:
 
     Raises ValueError or OSError, in one sentence, for a user's mistake.
     """
-    if tokenizer.rank_and_world()[0] > 0:
-        return  # one process does it all, as in fid.py
     args = parse_arguments(argv)
     tokenizer.check_output(args.out / "probe.json")
     device = tokenizer.choose_device(args.device)
     subjects = [open_subject(path, args, device) for path in args.runs]
+    if tokenizer.rank_and_world()[0] > 0:
+        return  # under torchrun all processes encode images; the first one does the rest
     first = subjects[0]
     for other, key in product(subjects[1:], ("images", "image_size", "shape")):
         a, b = first.held_out.meta[key], other.held_out.meta[key]
         if a != b:
             raise ValueError(f"{first.name} and {other.name} differ in their {key}, {a} and {b}: probe them "
-                             "apart.")
+                             "separately.")
     if len({subject.name for subject in subjects}) < len(subjects):
-        raise ValueError("two runs have the same name; rename one folder for the legends.")
+        raise ValueError("two runs have the same name; rename one folder, as legends show the names.")
 
     results = {subject.name: measure(subject, args) for subject in subjects}
-    settings = {key: value for key, value in vars(args).items() if key not in ("runs", "out")}
-    settings |= {"epochs": EPOCHS, "batch": BATCH, "device": device.type}
-    text = json.dumps({"settings": settings, "runs": results}, indent=1).encode()
+    settings = vars(args) | {"epochs": EPOCHS, "batch": BATCH, "device": device.type}
+    text = json.dumps({"settings": settings, "runs": results}, indent=1, default=str).encode()
     tokenizer.write_file(args.out / "probe.json", lambda file: file.write(text))
 
     three = choose(first.held_out, 3, args.seed)
-    pictures = draw_probe(subjects, results) | draw_numbers(subjects, results)
-    pictures["attention"] = draw_attention(subjects, three)
-    pictures["codes"] = draw_codes(first, three, results[first.name]["codes_changed"])
+    pictures = {"probe": draw_probe(subjects, results), "distance": draw_distance(subjects, results),
+                "attention": draw_attention(subjects, three),
+                "codes": draw_codes(first, three, results[first.name]["codes_changed"])}
     for name, picture in pictures.items():
         sample.save_image(args.out / f"{name}.png", picture)
 
-    for name, numbers in results.items():
-        shown = [f"{100 * r['accuracy']:.1f}" for r in numbers["probe"] if r["layer"] == numbers["layer"]]
-        print(f"{name}, {numbers['weights']} weights, layer {numbers['layer']}: linear probe, top-1 %, "
-              f"at eight positions {' '.join(shown[:8])}, mean-pooled {shown[8]}")
+    for subject in subjects:
+        weights, probed = subject.origin["weights"], results[subject.name]["probe"]
+        print(f"{subject.name}, {weights} weights: linear probe, top-1 %, at eight positions; mean-pooled")
+        for n in subject.layers:
+            *at_steps, mean = [f"{100 * r['accuracy']:.1f}" for r in probed if r["layer"] == n]
+            print(f"  layer {n}: {' '.join(at_steps)}; {mean}")
     print(f"{args.out}: probe.json and " + ", ".join(f"{name}.png" for name in pictures))
 
 

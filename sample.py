@@ -5,7 +5,6 @@ for token.
 
     python sample.py runs/tiny --classes 3 7 7 --cfg 2.0 --seed 0                      # a captioned grid
     python sample.py pretrained/ar pretrained/st-ar                                    # runs below each other
-    python sample.py runs/tiny --reconstruct                                           # what the codes keep
     torchrun --nproc-per-node 8 sample.py runs/tiny --num-images 50000 --npz out.npz   # for fid.py
     python sample.py c2i_L_256.pt --vq vq_ds16_c2i.pt --classes 207 360 --cfg 4.0 --top-k 2000
 
@@ -39,7 +38,7 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
     """Set the logits (B, codes) outside the top k, then outside the nucleus of mass p, to -inf.
 
     LlamaGen: top_k 0 keeps all, ties with the k-th stay; the nucleus is taken of what top-k left, and the
-    token that crosses p is kept.
+    token with which the sum exceeds p is kept.
     """
     if top_k > 0:
         threshold = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -101,7 +100,8 @@ def generate(model: Transformer, classes: torch.Tensor, *, cfg: float = 1.0, cfg
         logits = logits_after(torch.cat([known, known]) if guided else known)
         if guided:
             conditional, unconditional = logits.chunk(2)
-            inside = cfg_interval < 0 or p < cfg_interval + 2  # LlamaGen counts from 0 at the second token
+            # LlamaGen always guides the first token, and counts the others from 0 to cfg_interval
+            inside = cfg_interval < 0 or p < cfg_interval + 2
             logits = unconditional + (conditional - unconditional) * cfg if inside else conditional
         if temperature == 0:
             tokens[:, p] = logits.argmax(-1)
@@ -176,33 +176,9 @@ def recorded(model: Transformer, rows: int) -> Callable:
     return begin
 
 
-# ---- Checkpoints in: {"model": student, "ema": teacher, "config": run config, ...} -------------------------
+# ---- Checkpoints in. Ours hold {"model": student, "ema": teacher, "config": settings, ...} -----------------
 
 CLASS_TABLE = "cls_embedding.embedding_table.weight"  # a weight that only a class-conditional model has
-
-
-def load_checkpoint(path: str | Path, whole: bool = False) -> dict:
-    """The content of a checkpoint file, ours, LlamaGen's or another's with weights of these names.
-
-    The student's weights are below "model", the teacher's below "ema", if there are any.
-    With `whole` the file must be ours, with all that a run needs to go on.
-    Raises FileNotFoundError, or ValueError for another kind of file or weights that are not finite.
-    """
-    content = tokenizer.read_weights(path)
-    teacher = tokenizer.find_weights({"ema": content.pop("ema", None)}, CLASS_TABLE)
-    student = tokenizer.find_weights(content, CLASS_TABLE)
-    if not student and not teacher:
-        names = ", ".join(map(str, content))[:100]
-        raise ValueError(f"{path} holds no class-conditional transformer (but: {names}); name a run folder "
-                         "or its checkpoint.pt.")
-    others = {name: value for name, value in content.items() if not torch.is_tensor(value)}
-    content = others | {"model": student} | ({"ema": teacher} if teacher else {})
-    needed = {"model", "ema", "projector", "optimizer", "config", "data", "model_config", "step"}
-    if whole and (missing := needed - content.keys()):
-        raise ValueError(f"{path} lacks {min(missing)}: it is no checkpoint of a run that can go on.")
-    for name in ("model", "ema", "projector"):
-        tokenizer.check_finite(path, content.get(name, {}))
-    return content
 
 
 def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
@@ -214,12 +190,14 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
     off "freqs_cis" or "args" where they are present, else off `image_size` (downsampling 16).
     Raises FileNotFoundError, or ValueError if `path` is no such file or lacks the weights asked for.
     """
-    rest = load_checkpoint(path)
-    student, teacher = rest.pop("model"), rest.pop("ema", {})
-    state = teacher if ema else student
+    rest = tokenizer.read_weights(path)
+    names = ", ".join(map(str, rest))[:100]
+    teacher = {"ema": rest.pop("ema", None)}
+    state = tokenizer.find_weights(teacher if ema else rest, CLASS_TABLE)
     if not state:
-        raise ValueError(f"{path} has no EMA weights; leave out --ema." if ema else
-                         f"{path} has EMA weights only; add --ema.")
+        raise ValueError(f"{path} holds no {'EMA ' if ema else ''}weights of a class-conditional transformer "
+                         f"(but: {names}); name a run folder or its checkpoint.pt.")
+    tokenizer.check_finite(path, state)
     with tokenizer.reading(path, "transformer of ours or LlamaGen's"):
         table = state.pop("freqs_cis", None)  # a stray attribute in some of LlamaGen's files
         vocab_size, dim = state["tok_embeddings.weight"].shape
@@ -253,29 +231,31 @@ class Trained(NamedTuple):
 def open_trained(path: Path, vq_path: str | Path | None, ema: bool, image_size: int, device) -> Trained:
     """The model of a run folder or checkpoint file, with its tokenizer (`vq_path`, or the run's own).
 
-    Raises FileNotFoundError or ValueError, in one sentence, if they are missing or do not belong together.
+    Raises FileNotFoundError or ValueError, in one sentence, if one is missing or if they do not belong
+    together.
     """
     file = path / "checkpoint.pt" if path.is_dir() else path
     model, rest = load_model(file, ema, image_size, device)
     # other people's files may mean other things by these names
     config, data = (rest[key] if isinstance(rest.get(key), dict) else {} for key in ("config", "data"))
     if not vq_path and config:
-        copy = file.with_name("tokenizer.pt")
-        vq_path = copy if copy.exists() else config.get("tokenizer")
+        beside = file.with_name("tokenizer.pt")
+        vq_path = beside if beside.exists() else config.get("tokenizer")
     if not vq_path:
         raise ValueError(f"{file} does not name its tokenizer; add --vq FILE.")
-    vq = tokenizer.load_tokenizer(tokenizer.shipped(vq_path), device)
+    vq = tokenizer.load_tokenizer(vq_path, device)
     if vq.config.codebook_size != model.config.vocab_size:
         raise ValueError(f"{vq_path} has {vq.config.codebook_size} codes, but {file} was trained on "
                          f"{model.config.vocab_size}: they do not belong together.")
-    found = tokenizer.fingerprint(vq)
-    if data.get("tokenizer", found) != found:
-        raise ValueError(f"{vq_path} is tokenizer {found}, but {file} was trained with {data['tokenizer']}.")
+    vq_digest = tokenizer.fingerprint(vq)
+    if data.get("tokenizer", vq_digest) != vq_digest:
+        raise ValueError(f"{vq_path} is tokenizer {vq_digest}, but {file} was trained with "
+                         f"{data['tokenizer']}.")
     name = file.parent.resolve().name if file.name == "checkpoint.pt" else path.stem
     step = rest.get("step", rest.get("steps"))  # LlamaGen's name is the second
     origin = {"model": name, "weights": "ema" if ema else "student",
               "step": step if isinstance(step, int) else None, "training_seed": config.get("seed"),
-              "weights_digest": tokenizer.fingerprint(model), "tokenizer_digest": found}
+              "weights_digest": tokenizer.fingerprint(model), "tokenizer_digest": vq_digest}
     names = data.get("classes", [f"class {c}" for c in range(model.config.num_classes)])
     return Trained(name, model, vq, names, config, data, origin)
 
@@ -284,7 +264,7 @@ def open_trained(path: Path, vq_path: str | Path | None, ema: bool, image_size: 
 
 def sample_images(model: Transformer, vq: tokenizer.VQModel, classes: torch.Tensor, seed: int,
                   resize_to: int = 0, **settings) -> np.ndarray:
-    """uint8 (B, S, S, 3) for `classes` (B,), a function of its arguments; `settings` are `generate`'s.
+    """uint8 (B, S, S, 3) for `classes` (B,), a function of its arguments; `settings` are those of `generate`.
 
     resize_to  side of the images, pixels; 0: as decoded. LlamaGen scores 384 px models at 256 px this way
     """
@@ -304,8 +284,8 @@ def sample_images(model: Transformer, vq: tokenizer.VQModel, classes: torch.Tens
 def mixed_labels(count: int, num_classes: int) -> torch.Tensor:
     """Labels (count,) int64 in one fixed mixed order: blocks that hold every class once, each shuffled.
 
-    So any first n images are balanced, and so is each part that an Inception Score takes as a split; the
-    label of an image does not depend on `count`.
+    So the first n images are balanced for every n, and so is each part that an Inception Score takes as a
+    split; the label of an image does not depend on `count`.
     """
     g = torch.Generator().manual_seed(0)
     blocks = [torch.randperm(num_classes, generator=g) for _ in range(math.ceil(count / num_classes))]
@@ -319,8 +299,8 @@ def save_npz(path: Path, one: Trained, count: int, batch: int, seed: int, precis
     arr_0 uint8 (N, S, S, 3), arr_1 labels int64 (N,), `classes` their names in label order, and `protocol`, a
     JSON string of how the images were made: model, tokenizer and every sampling setting.
 
-    The batch that begins with image i draws from seed + i: files that are to share no noise need seeds at
-    least `count` apart. Under torchrun each process makes every WORLD_SIZE-th batch and rank 0 joins them; no
+    The batch that begins with image i draws from seed + i: two files share no noise if their seeds differ by
+    at least `count`. Under torchrun each process makes every WORLD_SIZE-th batch and rank 0 joins them; no
     process group is needed, and the images do not depend on the number of processes. Each batch is a file of
     its own at first, so that a killed run goes on where it was. These parts are named after the protocol:
     those of other weights or settings are never taken.
@@ -344,7 +324,7 @@ def save_npz(path: Path, one: Trained, count: int, batch: int, seed: int, precis
     if rank != 0:
         return
     while not all(part.exists() for part in parts):
-        if not parts[0].exists():  # which this process has made
+        if not parts[0].exists():  # this process wrote it: another one has joined and removed the parts
             raise ValueError(f"another process wrote {path} at the same time; give each its own --npz.")
         time.sleep(0.2)
 
@@ -375,14 +355,17 @@ def save_image(path: str | Path, image: Image.Image) -> None:
     tokenizer.write_file(path, lambda file: image.save(file, "PNG"))
 
 
-def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None) -> Image.Image:
+def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None,
+               title: str = "") -> Image.Image:
     """uint8 (N, S, S, 3) -> one picture, row by row, small images enlarged to 96 pixels, captions below."""
-    gap, cell = 4, max(96, pixels.shape[1])
+    gap, cell, top = 4, max(96, pixels.shape[1]), 22 if title else 0
     across, down = cell + gap, cell + gap + (16 if captions else 0)  # from one image to the next
-    grid = Image.new("RGB", (gap + columns * across, gap + math.ceil(len(pixels) / columns) * down), "white")
+    height = top + gap + math.ceil(len(pixels) / columns) * down
+    grid = Image.new("RGB", (gap + columns * across, height), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
+    draw.text((4, top), title, "black", ImageFont.load_default(15), anchor="ld")
     for i, image in enumerate(pixels):
-        x, y = gap + i % columns * across, gap + i // columns * down
+        x, y = gap + i % columns * across, top + gap + i // columns * down
         grid.paste(Image.fromarray(image).resize((cell, cell), Image.LANCZOS), (x, y))
         if captions:
             text = " ".join(captions[i].split())  # a name may hold a newline
@@ -393,10 +376,10 @@ def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = No
 
 
 def sample_grid(model: Transformer, vq: tokenizer.VQModel, classes: list[int], names: list[str], seed: int,
-                **settings) -> Image.Image:
+                title: str = "", **settings) -> Image.Image:
     """A picture of one image per entry of `classes`, ten in a row, captioned with their names."""
     pixels = sample_images(model, vq, torch.tensor(classes), seed, **settings)
-    return image_grid(pixels, min(10, len(classes)), [names[c] for c in classes])
+    return image_grid(pixels, min(10, len(classes)), [names[c] for c in classes], title)
 
 
 def spread(count: int, known: int) -> list[int]:
@@ -408,19 +391,6 @@ def save_samples(path: Path, model: Transformer, vq: tokenizer.VQModel, count: i
                  seed: int, **settings) -> None:
     """Write `sample_grid` of `count` images, their classes spread evenly, as PNG."""
     save_image(path, sample_grid(model, vq, spread(count, len(names)), names, seed, **settings))
-
-
-def stacked(blocks: list[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures below each other, a line of text above each."""
-    line = 22
-    height = sum(line + block.height for _, block in blocks)
-    image = Image.new("RGB", (max(block.width for _, block in blocks), height), "white")
-    draw, font, y = ImageDraw.Draw(image), ImageFont.load_default(15), 0
-    for title, block in blocks:
-        draw.text((4, y + line), title, "black", font, anchor="ld")
-        image.paste(block, (0, y + line))
-        y += line + block.height
-    return image
 
 
 def save_reconstructions(path: str | Path, vq: tokenizer.VQModel, data: str, subset: str, size: int) -> None:
@@ -475,10 +445,11 @@ def line_plot(series: dict, title: str, x_label: str, y_label: str, bands: dict 
     points = np.concatenate([*(line for _, line, _ in lines), *outlines.values()])
     low, high = points.min(0), points.max(0)
     margin = 0.06 * (high[1] - low[1]) or 0.5
+    # a single x would divide by zero in `place`
     low, high = low - [0, margin], high + [1e-9 * (low[0] == high[0]), margin]
     image = Image.new("RGB", (2 * width, 2 * height), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
-    left, right, top, bottom = 140, 2 * width - 40, 80, 2 * height - 110
+    left, right, top, bottom = 140, 2 * width - 40, 80, 2 * height - 110  # of the frame, in pixels
     colours = dict(zip(series, COLOURS * 4))
 
     def place(points):  # pixels
@@ -489,7 +460,8 @@ def line_plot(series: dict, title: str, x_label: str, y_label: str, bands: dict 
         level = place([(low[0], y)])[0][1]
         draw.line([(left, level), (right, level)], "#DDDDDD", 2)
         draw.text((left - 12, level), f"{y:g}", "black", font, anchor="rm")
-    whole = [x for x in ticks(low[0], high[0]) if float(x).is_integer()]
+    marks = ticks(low[0], high[0])
+    whole = [x for x in marks if float(x).is_integer()] or marks
     for x in sorted({*points[:, 0]}) if log_x else whole:
         label = f"{math.exp(x) if log_x else x:g}"
         draw.text((place([(x, 0)])[0][0], bottom + 10), label, "black", font, anchor="ma")
@@ -534,26 +506,23 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def to_bfloat16(model: Transformer) -> None:
-    """Round the weights, in place, and thereby the cache; `model.to` would round the rotary table as well."""
+    """Round the weights in place; the KV cache follows. `model.to` would round the rotary table, too."""
     for p in model.parameters():
         p.data = p.data.bfloat16()
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; what contradicts itself is refused (SystemExit)."""
+    """The command line. Raises SystemExit for flags that contradict each other."""
     within = tokenizer.within
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="run folders or checkpoints (.pt), LlamaGen's too")
     add("--vq", help="tokenizer file (default: the run's)")
-    add("--classes", type=within(int, 0), nargs="+", help="one image for each of these (default: 20 or all)")
-    add("--out", type=Path, help="the picture (default: samples.png or reconstructions.png)")
-    add("--reconstruct", action="store_true", help="draw what the codes keep of held-out images instead")
-    add("--data", help="with --reconstruct: folder or zip of images (default: the run's)")
-    add("--subset", help="with --reconstruct: file of class folders to keep, one a line")
+    add("--classes", type=within(int, 0), nargs="+", help="an image of each of these (default: at most 20)")
+    add("--out", type=Path, help="the picture (default: samples.png)")
     add("--npz", type=Path, help="write images as .npz in ADM's layout instead of a picture")
     add("--num-images", type=within(int, 1, 10 ** 7), help="with --npz: how many, class-balanced")
-    add("--batch", type=within(int, 1, 10 ** 5), help="with --npz: images at once (default: 100)")
+    add("--batch", type=within(int, 1, 10 ** 5), default=100, help="with --npz: images at a time")
     add("--resize-to", type=within(int, 1, 4096), default=0, help="side of the images (default: as decoded)")
     add("--cfg", type=within(float, 1, 1e4), default=1.0, help="guidance scale; 1: none")
     add("--cfg-interval", type=within(int, -1), default=-1, help="guide this many + 2 tokens; -1: all")
@@ -561,7 +530,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--top-k", type=within(int, 0), default=0, help="0: all codes")
     add("--top-p", type=within(float, 0, 1), default=1.0, help="1: all codes")
     add("--seed", type=within(int, 0, 2 ** 62), default=0)
-    add("--image-size", type=within(int, 16, 4096), default=256, help="of a checkpoint that does not tell")
+    add("--image-size", type=within(int, 16, 4096), default=256, help="of checkpoints that do not store it")
     add("--ema", action="store_true", help="the teacher's weights instead of the student's")
     add("--precision", choices=["bf16", "fp32"], help="default: bf16 if a GPU has it")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
@@ -569,11 +538,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     for wrong, sentence in (
         (bool(args.npz) != bool(args.num_images), "--num-images and --npz go together"),
-        (args.npz and (args.out or args.reconstruct), "--npz takes no --out and no --reconstruct"),
-        (args.batch and not args.npz, "--batch goes with --npz"),
-        ((args.data or args.subset) and not args.reconstruct, "--data and --subset go with --reconstruct"),
-        (args.classes and (args.npz or args.reconstruct), "--npz and --reconstruct take no --classes"),
-        (args.runs[1:] and (args.npz or args.reconstruct), "--npz and --reconstruct take one run"),
+        (args.npz and (args.out or args.classes), "--npz takes no --out and no --classes"),
+        (args.npz and args.runs[1:], "--npz takes one run"),
     ):
         if wrong:
             parser.error(sentence)
@@ -587,7 +553,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises ValueError or OSError, in one sentence, for a user's mistake.
     """
     args = parse_arguments(argv)
-    path = args.npz or args.out or Path("reconstructions.png" if args.reconstruct else "samples.png")
+    path = args.npz or args.out or Path("samples.png")
     if args.npz and path.suffix != ".npz":
         path = Path(f"{path}.npz")
     if not args.npz and path.suffix.lower() != ".png":  # it could also be somebody's checkpoint
@@ -597,19 +563,6 @@ def main(argv: list[str] | None = None) -> None:
     runs = [open_trained(run, args.vq, args.ema, args.image_size, device) for run in args.runs]
     names = " and ".join(run.name for run in runs)
 
-    if args.reconstruct:
-        run, data, subset = runs[0], args.data, args.subset
-        if data is None:
-            if "data" not in run.config:
-                raise ValueError(f"{names} does not name its images; add --data.")
-            data, subset = tokenizer.find_images(run.config["data"]), subset or run.config.get("subset")
-            if data == "shapes" != run.config["data"]:  # which a run would use instead
-                raise ValueError(f"the images of {names} cannot be had now; add --data.")
-        size = run.model.config.grid * run.vq.config.downsample
-        save_reconstructions(path, run.vq, data, subset or "", size)
-        print(f"{path}: held-out images, and below each what the codes of {names} keep of it")
-        return
-
     precision = args.precision or ("bf16" if has_bfloat16(device) else "fp32")  # LlamaGen: bf16
     if precision == "bf16":
         for run in runs:
@@ -617,16 +570,19 @@ def main(argv: list[str] | None = None) -> None:
     keys = ("cfg", "cfg_interval", "temperature", "top_k", "top_p", "resize_to")
     settings = {key: getattr(args, key) for key in keys}
     if args.npz:
-        batch = min(args.batch or 100, args.num_images)
+        batch = min(args.batch, args.num_images)
         save_npz(path, runs[0], args.num_images, batch, args.seed, precision, **settings)
     else:
         known = min(len(run.classes) for run in runs)
         classes = args.classes or spread(min(known, 20), known)
         if max(classes) >= known:
             raise ValueError(f"class {max(classes)} does not exist; those of {names} are 0 ... {known - 1}.")
-        grids = [(run.name, sample_grid(run.model, run.vq, classes, run.classes, args.seed, **settings))
-                 for run in runs]
-        save_image(path, stacked(grids) if len(grids) > 1 else grids[0][1])
+        grids = []
+        for run in runs:
+            title = run.name if len(runs) > 1 else ""
+            grid = sample_grid(run.model, run.vq, classes, run.classes, args.seed, title, **settings)
+            grids.append(np.asarray(grid))
+        save_image(path, Image.fromarray(np.concatenate(grids)))  # below each other
     if tokenizer.rank_and_world()[0] == 0:
         said = ", ".join(f"{key} {value}" for key, value in settings.items())
         print(f"{path}: {args.num_images or len(classes)} images from {names}, "
@@ -634,4 +590,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tokenizer.run_script(main, "The same command goes on with an .npz.")
+    tokenizer.run_script(main, "An unfinished .npz goes on with the same command.")

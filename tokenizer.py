@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pickle
+import posixpath
 import re
 import shutil
 import sys
@@ -30,7 +31,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +80,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # our choice: start as the identity; + 0.5 dB in 300 steps
+        nn.init.zeros_(self.conv2.weight)  # our choice: start as the identity, which gains .5 dB in 300 steps
         self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
@@ -131,7 +132,7 @@ class Level(nn.Module):
         super().__init__()
         self.res = nn.ModuleList(ResnetBlock(cin if i == 0 else cout, cout, groups) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(cout, groups) for _ in range(blocks if attention else 0))
-        self.downsample = self.upsample = nn.Identity()
+        self.downsample = self.upsample = nn.Identity()  # Encoder and Decoder put theirs in these places
 
     def forward(self, x):
         for i, block in enumerate(self.res):
@@ -205,7 +206,7 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
         self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
-        self.register_buffer("codebook_used", torch.zeros(65536))  # LlamaGen's usage window; not used here
+        self.register_buffer("codebook_used", torch.zeros(65536))  # in LlamaGen's files; not read here
 
     def codebook(self) -> torch.Tensor:
         """(n, D), unit rows."""
@@ -215,10 +216,12 @@ class VectorQuantizer(nn.Module):
     def nearest(z: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """For each row of z (M, D) the index of the nearest of codes (n, D), int64 (M,).
 
-        |z|^2 + |e|^2 - 2 z e, although both norms are 1: rounded as LlamaGen's, ties fall the same way.
+        |z|^2 + |e|^2 - 2 z e. Both norms are 1 and could be left out. They are kept so that rounding, and
+        with it the choice between equally near codes, is LlamaGen's.
         """
         norms = (codes ** 2).sum(1)
-        rows = max(2 ** 19 // len(codes), 1) if z.device.type == "cpu" else 2 ** 16  # what fits the cache
+        # On a CPU a piece of the distances fits into the processor's cache; a GPU takes larger pieces
+        rows = max(2 ** 19 // len(codes), 1) if z.device.type == "cpu" else 2 ** 16
         return torch.cat([((part ** 2).sum(1, keepdim=True) + norms - 2 * part @ codes.T).min(1).indices
                           for part in z.split(rows)])
 
@@ -302,7 +305,7 @@ def load_tokenizer(path: str | Path, device="cpu") -> VQModel:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No TF32 on a GPU meanwhile: with its 10 bits some latents between two codes would change sides."""
+    """Switch TF32 off on a GPU: with its 10 bits, latents between two codes would get the other one."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -319,8 +322,9 @@ AT_A_TIME = 2 ** 20  # pixels that go through the tokenizer together
 def in_pieces(vq: VQModel, pixels: torch.Tensor, function: Callable) -> torch.Tensor:
     """Apply `function` to pixels uint8 (N, S, S, 3), some at a time, as float (B, 3, S, S) where `vq` is.
 
-    Returns the results, joined, on the CPU. They are computed in full float32, but for LlamaGen's own
-    vq_ds16: as LlamaGen's extractor does, we let a GPU use TF32 in its convolutions, which is much faster.
+    Returns the results, joined, on the CPU. They are computed in full float32, with one exception: for
+    LlamaGen's vq_ds16 a GPU may use TF32 in convolutions, as in LlamaGen's own extractor, because it is
+    several times as fast.
     """
     device = next(vq.parameters()).device
     chunks = pixels.split(max(AT_A_TIME // pixels.shape[1] ** 2, 1))
@@ -341,11 +345,12 @@ def reconstruct(vq: VQModel, pixels: torch.Tensor) -> torch.Tensor:
 # ---- Training the tokenizer --------------------------------------------------------------------------------
 
 class Perceptual(nn.Module):
-    """What looks alike: float (B, 3, S, S) in [-1, 1] -> features of four stages and class logits (B, K).
+    """Judges what looks alike: float (B, 3, S, S) in [-1, 1] -> features of four stages, class logits (B, K).
 
     A small VGG that first learns the images' classes and is then frozen. our choice: it stands in for LPIPS
-    (arXiv 1801.03924) in LlamaGen's recipe, whose VGG has weights that are not ours. It shares neither
-    structure nor weights with fid.py's classifier: a tokenizer must not be trained on what it is measured by.
+    (arXiv 1801.03924) in LlamaGen's recipe, whose VGG comes with weights that we do not have. It shares
+    neither structure nor weights with fid.py's classifier: a tokenizer must not be trained on what it is
+    measured by.
     """
 
     def __init__(self, classes: int):
@@ -383,17 +388,20 @@ class Crops:
     """Random crops and flips of at most 100,000 images, which stay in the memory of `device`."""
 
     def __init__(self, images: ImageSet, size: int, seed: int, device):
-        self.rng, self.size, self.side = np.random.default_rng(seed), size, int(size * 1.1)
+        self.rng = np.random.default_rng(seed)
+        self.size, self.side = size, int(size * 1.1)  # a tenth larger, so that crops can move
         chosen, pixels = self.rng.permutation(len(images))[:100_000], []
         for rows in progress(np.array_split(chosen, len(chosen) // 1000 + 1), "reading images", leave=False):
             pixels += read_pixels(images, rows, lambda image: np.asarray(center_crop(image, self.side)))
-        tell_unreadable(images)
+        if images.unreadable and rank_and_world()[0] == 0:
+            print(f"!! {len(images.unreadable):,} of {len(images):,} {images.split} images are left out: "
+                  f"{' '.join(images.unreadable[:3])}")
         kept = [i for i, p in enumerate(pixels) if p is not None]
         self.pixels = torch.from_numpy(np.stack([pixels[i] for i in kept])).to(device)  # (N, side, side, 3)
         self.labels = torch.from_numpy(images.labels[chosen[kept]]).to(device)  # (N,)
 
     def draw(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """float (B, 3, S, S) in [-1, 1], cut at one place and flipped together, and labels (B,)."""
+        """float (B, 3, S, S) in [-1, 1], all cut at one random place and all flipped or none; labels (B,)."""
         rows = torch.from_numpy(self.rng.integers(len(self.pixels), size=batch)).to(self.pixels.device)
         (y, x), flip = self.rng.integers(self.side - self.size + 1, size=2), self.rng.integers(2)
         crop = self.pixels[:, y:y + self.size, x:x + self.size][rows]
@@ -406,15 +414,13 @@ def train_perceptual(crops: Crops, classes: int, steps: int, batch: int = 64) ->
     net = Perceptual(classes).to(crops.pixels.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
-    for step in (bar := progress(range(steps), "learning what looks alike")):
+    for _ in progress(range(steps), "learning what looks alike"):
         x, labels = crops.draw(batch)
         loss = F.cross_entropy(net(x)[1], labels, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return net.eval().requires_grad_(False)
 
 
@@ -423,7 +429,7 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_DS4, step
     """Train a tokenizer on random (size, size) crops and flips of `images`, at most 100,000 of them.
 
     Loss: mean squared error + codebook and commitment loss + `perceptual_loss`, whose net is trained first,
-    for half as many steps: LlamaGen's recipe without its adversarial part, of which README says what it gave.
+    for half as many steps: LlamaGen's recipe without its adversarial part (see docs/tokenizer.md).
     Adam, warm-up over 5 % of the steps, cosine to zero. Codes that go unused are restarted on latents of the
     current batch during the first three quarters. Raises ValueError for a size the codes do not divide.
     """
@@ -445,7 +451,7 @@ def train_tokenizer(images: ImageSet, size: int, config: VQConfig = VQ_DS4, step
         nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
         optimizer.step()
         used[codes.flatten()] = True
-        if step % 25 == 0 and step < 0.75 * steps:  # for the first time at once: codes start on the data
+        if step % 25 == 0 and step < 0.75 * steps:  # at step 0, too: so codes start where the data are
             with torch.no_grad():
                 vq.quantize.restart(~used, vq.latents(x).movedim(1, -1).flatten(0, 2))
             used.zero_()
@@ -468,37 +474,26 @@ def evaluate_tokenizer(vq: VQModel, pixels: torch.Tensor) -> dict[str, float]:
 
 
 def held_out_pixels(images: ImageSet, size: int, count: int) -> torch.Tensor:
-    """Centre crops of `count` evenly spaced images, uint8 (N, S, S, 3); errors as `read_pixels`."""
+    """Centre crops of `count` evenly spaced images, uint8 (N, S, S, 3). Raises what `read_pixels` raises."""
     rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
     pixels = read_pixels(images, rows, lambda image: np.asarray(center_crop(image, size)))
     return torch.from_numpy(np.stack([p for p in pixels if p is not None]))
 
 
 def find_tokenizer(settings, images: ImageSet, device) -> Path:
-    """The file that train.py's `settings` ask for: "shipped", "train" (now, if there is none yet) or a file.
-
-    Raises ValueError if the shipped one is not what they ask for.
-    """
-    if settings.tokenizer == "shipped":  # README says how they were trained
-        shapes = images.source == "shapes"
-        path = Path("assets", "tokenizer-shapes.pt" if shapes else "tokenizer-32px.pt")
-        codes = load_tokenizer(path).config.codebook_size
-        if settings.codes != codes and not shapes:  # shapes may stand in for other images, as they are
-            raise ValueError(f"the shipped tokenizer has {codes} codes, not {settings.codes}; --tokenizer "
-                             "train makes your own.")
-        at = "" if settings.image_size == 32 else f" (trained at 32 px, used at {settings.image_size})"
-        print(f"Tokenizer: the shipped one{at}; --tokenizer train makes one for these images.")
-        return path
+    """The file that train.py's `settings` ask for: "shipped", "train" (now, if it was not yet) or a file."""
+    if settings.tokenizer == "shipped":  # docs/tokenizer.md says how they were trained
+        print("Tokenizer: the shipped one, trained at 32 px; --tokenizer train makes one for these images.")
+        return Path("assets", "tokenizer-shapes.pt" if images.source == "shapes" else "tokenizer-32px.pt")
     if settings.tokenizer != "train":
         return Path(settings.tokenizer)
     config = replace(VQ_DS4, codebook_size=settings.codes)
     size, steps = settings.image_size, settings.tokenizer_steps
+    # "perceptual" names the recipe of `train_tokenizer`; another recipe needs another word
     key = digest(["perceptual", images.fingerprint, size, steps, asdict(config)])[:8]
     path = Path(settings.cache) / f"tokenizer-{Path(images.source).stem}-{size}px-{key}.pt"
     if not path.exists():
-        vq = train_tokenizer(images, size, config, steps, device=device)
-        if not path.exists():  # another run may have come first: both then use its tokenizer
-            save_tokenizer(path, vq)
+        save_tokenizer(path, train_tokenizer(images, size, config, steps, device=device))
     return path
 
 
@@ -532,8 +527,8 @@ def open_images(source: str | Path, split: str = "train", subset: str | Path = "
     Layouts, in the order tried: Tiny ImageNet (val/val_annotations.txt), ImageNet (train/<class>/* and, if
     present, val/<class>/*; other usual names of the two will do), plain class folders (<class>/*). Where
     there are no validation images a fixed tenth of each class, at most 50 images, is held out. `subset` is a
-    text file that lists the class folders to keep, one per line. Classes are numbered by sorted folder name,
-    as torchvision does.
+    text file that lists the class folders to keep, one per line. The topmost folder is the class, and classes
+    are numbered by sorted folder name, as in torchvision.
     Raises FileNotFoundError, OSError or ValueError, in one sentence, if nothing usable is there.
     """
     if not str(source):
@@ -557,7 +552,12 @@ def open_images(source: str | Path, split: str = "train", subset: str | Path = "
     chosen_by = ""
     if subset:
         chosen_by = f" (of {len(set(training.values())):,}: those in {subset})"
-        kept = _read_subset(shipped(subset), set(training.values()), source)
+        text = shipped(subset).read_text("utf-8-sig", "replace")  # some editors begin with an invisible mark
+        kept = {line.strip() for line in text.splitlines()} - {""}
+        if unknown := sorted(kept - set(training.values())):
+            raise ValueError(f"the subset {subset} lists {unknown[0]!r}, of which {source} has no images.")
+        if not kept:
+            raise ValueError(f"the subset {subset} lists no class folder.")
         training, validation = ({name: folder for name, folder in part.items() if folder in kept}
                                 for part in (training, validation))
     if not validation:
@@ -601,12 +601,14 @@ def _by_class(source, images: list[str], annotations: dict[str, str]) -> tuple[d
             tops.setdefault(name.partition("/")[0], []).append(name)
     splits = {top.lower(): top for top in tops}  # how val is spelt here: val, Val, VAL
 
+    if len(tops) == 1 and any("/" not in name for name in images):
+        raise ValueError(f"{source} has images beside the folder {min(tops)}/; name that folder instead, or "
+                         "move them away.")
+
     def by_class(split):
         found = {}
         for name in tops.get(split, []):
-            folders = name.split("/")[1:-1]
-            if len(folders) > 1 and folders[0] == "images":  # around the class folders
-                folders = folders[1:]
+            folders = [folder for folder in name.split("/")[1:-1] if folder != "images"]
             if folders:
                 found[name] = folders[0]
         return found
@@ -619,7 +621,8 @@ def _by_class(source, images: list[str], annotations: dict[str, str]) -> tuple[d
             raise ValueError(f"{source} has {' and '.join(alike)} where class folders are expected; lay the "
                              "images out as train/<class>/*.jpg and val/<class>/*.jpg, or as <class>/*.jpg.")
         return {name: top for top, names in tops.items() for name in names}, {}
-    if annotated := annotations.keys() & set(images):  # else somebody has sorted them into folders
+    # The annotations may still be there although somebody has sorted the images into class folders
+    if annotated := annotations.keys() & set(images):
         if missing := sorted(annotations.keys() - annotated):
             raise ValueError(f"{source} lists {missing[0]!r} in its annotations but does not hold it.")
         return training, annotations
@@ -633,19 +636,6 @@ def _by_class(source, images: list[str], annotations: dict[str, str]) -> tuple[d
     return training, {}
 
 
-def _read_subset(path: Path, folders: set[str], source: str | Path) -> set[str]:
-    """The class folders that a text file lists, all of them among `folders`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; --subset takes a list of class folders.")
-    text = path.read_text("utf-8-sig", "replace")  # some editors begin a file with an invisible mark
-    kept = {line.strip() for line in text.splitlines()} - {""}
-    if not kept:
-        raise ValueError(f"the subset {path} lists no class folder.")
-    if unknown := sorted(kept - folders):
-        raise ValueError(f"the subset {path} lists {unknown[0]!r}, of which {source} has no images.")
-    return kept
-
-
 def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[[str], bytes]]:
     """{posix name: (size in bytes, CRC-32)} of the files in a folder or zip, and a function that reads one.
 
@@ -653,7 +643,7 @@ def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[
     hidden files and __MACOSX are left out altogether.
     Raises FileNotFoundError, OSError or ValueError, as does the function, for what cannot be read.
     """
-    def fail(error):  # os.walk would pass over a folder that it may not read
+    def fail(error):  # without it os.walk skips a folder that it may not read, and says nothing
         raise error
 
     files, archive = {}, None
@@ -666,37 +656,27 @@ def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[
                     size = os.path.getsize(os.path.join(folder, name))
                     files[f"{inside}/{name}".removeprefix("./")] = size, None
     elif path.is_file():
-        with reading(path, "folder or whole zip"):
+        with reading(path, "complete zip of images"):
             archive = zipfile.ZipFile(path)
         for info in archive.infolist():
             if not info.is_dir() and not _hidden(info.filename):
                 files[info.filename] = info.file_size, info.CRC
     else:
-        raise FileNotFoundError(f"{path} does not exist (folder or file); write a folder, a zip, or: shapes.")
-    top = _top_folder([name for name in files if is_image(name)])
+        raise FileNotFoundError(f"{path} does not exist; name a folder or a zip of images, or shapes.")
+    # What stands above all class folders, such as the one folder that a zip holds, is no part of the names
+    above = [posixpath.dirname(posixpath.dirname(name)) for name in files if is_image(name)]
+    top = posixpath.join(posixpath.commonpath(above or [""]), "")
 
     def read(name):
-        with reading(f"{path}/{name}", "file that can be read"):
+        with reading(f"{path}/{name}", "readable file"):
             return archive.read(top + name) if archive else (path / (top + name)).read_bytes()
 
     return {name[len(top):]: mark for name, mark in files.items() if name.startswith(top)}, read
 
 
 def _hidden(name: str) -> bool:
-    """Of no interest: .ipynb_checkpoints, __MACOSX and their like."""
+    """Whether a file is left out: hidden ones, such as .ipynb_checkpoints, and __MACOSX."""
     return any(part.startswith(".") and part != "." or part == "__MACOSX" for part in name.split("/"))
-
-
-def _top_folder(images: list[str]) -> str:
-    """The folders around all images, as "a/b/": neither train/ and val/ nor the class folders."""
-    top = ""
-    while len(heads := {name[len(top):].split("/")[0] for name in images}) == 1:
-        inner = f"{top}{heads.pop()}/"
-        split = inner.lower().split("/")[-2] in ("train", "val")
-        if split or not any("/" in name[len(inner):] for name in images):
-            break
-        top = inner
-    return top
 
 
 def _hold_out(training: dict[str, str]) -> dict[str, str]:
@@ -712,25 +692,19 @@ def _hold_out(training: dict[str, str]) -> dict[str, str]:
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The RGB image that a file of this name holds, upright; 16-bit grey keeps its upper 8 bits.
 
-    Raises ValueError, in one sentence, if it holds none, floating-point numbers, or a strip whose sides
-    differ a hundredfold.
+    Raises ValueError, in one sentence, if it holds none, or floating-point numbers.
     """
     with reading(name, "readable image"):
         try:
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         except UnidentifiedImageError:
             raise ValueError(f"none of {', '.join(IMAGE_FORMATS)}") from None
-        try:
+        with suppress(Exception):  # a broken EXIF block is ignored; broken pixels are found below
             ImageOps.exif_transpose(image, in_place=True)  # LlamaGen leaves photographs on their side
-        except Exception as error:  # a broken EXIF block is ignored; broken pixels are found below
-            if _is_memory(error):
-                raise
         if image.mode == "F":
             raise ValueError("numbers of unknown range")
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        if max(image.size) > 100 * min(image.size):
-            raise ValueError("a strip")
         return image.convert("RGB")
 
 
@@ -783,7 +757,7 @@ def _shapes(split: str) -> ImageSet:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize so that the shorter side is `size`, then cut the central (size, size) square (ADM, LlamaGen)."""
+    """Resize so that the shorter side is `size`, then cut the central square, as ADM and LlamaGen do."""
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), Image.BOX)
     scale = size / min(image.size)
@@ -814,7 +788,7 @@ def all_crops(image: Image.Image, size: int, ratios: tuple[float, ...]) -> np.nd
 def read_pixels(images: ImageSet, rows: Iterable[int], transform: Callable) -> list[np.ndarray | None]:
     """[transform(image i) for i in rows], read in threads; None stands for an image that cannot be read.
 
-    Raises ValueError, naming one of them, as soon as more than 1 % of all `images` cannot be read.
+    Raises ValueError, naming one image, as soon as more than 1 % of all `images` cannot be read.
     """
     def read(i):
         try:
@@ -830,13 +804,6 @@ def read_pixels(images: ImageSet, rows: Iterable[int], transform: Callable) -> l
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside Python's lock
         return list(pool.map(read, rows))
-
-
-def tell_unreadable(images: ImageSet) -> None:
-    """Print on rank 0, in one line, how many images a pass had to leave out, and the first few of them."""
-    if images.unreadable and rank_and_world()[0] == 0:
-        print(f"!! {len(images.unreadable):,} of {len(images):,} {images.split} images are left out: "
-              f"{' '.join(images.unreadable[:3])}")
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -856,11 +823,11 @@ TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "data/tiny-
 def find_images(data: str) -> str:
     """`data` if it is given, else Tiny ImageNet in data/, downloaded if need be, else the built-in "shapes".
 
-    The last happens without network: a banner says so, and whoever calls must record it.
+    The shapes stand in where there is no network. A banner says so, and the caller has to record it.
     """
-    if data:
-        return data
     path = TINY_IMAGENET[1]
+    if data or shipped(path).exists():
+        return data or path
     try:
         download(*TINY_IMAGENET)
         return path
@@ -873,8 +840,8 @@ def find_images(data: str) -> str:
 
 # ---- The token cache: tokens.npy uint16 (N, V, T), labels.npy int64 (N,), meta.json ------------------------
 
-CHUNK = 1000  # images per part file: what each process of a killed encoding loses at most
-READ_AHEAD = 2 ** 25  # bytes of crops that wait for the tokenizer
+PART_IMAGES = 1000  # in a part file, at most: a killed encoding loses the part that it was at
+PART_BYTES = 2 ** 27  # of the crops of a part, at most
 UNREADABLE = 65535  # fills the row of an image that cannot be read; its label becomes -1
 
 
@@ -897,10 +864,10 @@ def token_cache(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, .
                 root: str | Path) -> TokenCache:
     """The codes of ten crops of every image for each of `ratios`; of the centre crop alone if there are none.
 
-    They are read from a folder below `root` whose name says what it holds. What is missing is encoded first:
-    under torchrun each process encodes every WORLD_SIZE-th chunk of images into a part file, and rank 0 joins
-    the parts and writes meta.json last, for which the others wait. A killed encoding goes on where it was,
-    with any number of processes, and two jobs may encode the same cache at once.
+    They are read from a folder below `root` whose name says what it holds. If it is not there yet, the images
+    are encoded first: under torchrun each process encodes every WORLD_SIZE-th part into a file of its own,
+    and rank 0 joins these files and writes meta.json last, for which the others wait. A killed encoding goes
+    on where it was, with any number of processes, and two jobs may encode the same cache at once.
     Raises ValueError if codes and image size do not fit, as `read_pixels` does, or for a damaged cache.
     """
     check_image_size(size, vq.config)
@@ -908,26 +875,24 @@ def token_cache(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, .
         raise ValueError(f"the cache stores codes in 16 bits; {vq.config.codebook_size} codes do not fit.")
     meta, N, (rank, world) = cache_meta(images, vq, size, ratios), len(images), rank_and_world()
     folder = Path(root) / f"{len(images.classes)}-classes-{images.split}-{size}px-{digest(meta)[:8]}"
-    finished, parts = folder / "meta.json", folder / "parts"
+    finished = folder / "meta.json"
     if not finished.exists():
-        files = {range(start, min(start + CHUNK, N)): parts / f"{start:09d}.npy"
-                 for start in range(0, N, CHUNK)}
+        count = max(min(PART_IMAGES, PART_BYTES // (3 * size ** 2 * meta["shape"][1])), 1)  # images in a part
+        parts = [(range(start, min(start + count, N)), folder / "parts" / f"{start:09d}.npy")
+                 for start in range(0, N, count)]
         try:
-            _encode(dict([*files.items()][rank::world]), images, vq, size, ratios)
-            while not finished.exists():
-                if rank == 0 and all(file.exists() for file in files.values()):
-                    _join(folder, files, images, meta)
+            _encode(parts[rank::world], images, vq, size, ratios)
+            while not finished.exists():  # process 0 joins the parts when all are there, and the others wait
+                if rank == 0 and all(part.exists() for _, part in parts):
+                    _join(folder, parts, images, meta)
                 time.sleep(0.1)
         except OSError:
             if not finished.exists():
                 raise  # else another job has joined the parts and deleted them meanwhile
-    if rank == 0:
-        shutil.rmtree(parts, ignore_errors=True)
     with reading(folder, "token cache of these images (delete it, and it is encoded again)"):
         tokens, labels = np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "labels.npy")
-        if (list(tokens.shape), tokens.dtype, labels.shape) != (meta["shape"], np.uint16, (N,)):
-            raise ValueError(f"tokens.npy is {tokens.dtype} {tokens.shape}, labels.npy {labels.shape}, not "
-                             f"{meta['shape']}")
+        if list(tokens.shape) != meta["shape"]:
+            raise ValueError(f"tokens.npy has the shape {tokens.shape}")
     bad = np.flatnonzero(labels < 0)
     if rank == 0 and len(bad):
         print(f"!! {len(bad):,} {images.split} images are left out of {folder}, since they could not be "
@@ -935,37 +900,32 @@ def token_cache(images: ImageSet, vq: VQModel, size: int, ratios: tuple[float, .
     return TokenCache(tokens, labels, meta)
 
 
-def _encode(parts: dict[range, Path], images: ImageSet, vq: VQModel, size: int,
+def _encode(parts: list[tuple[range, Path]], images: ImageSet, vq: VQModel, size: int,
             ratios: tuple[float, ...]) -> None:
-    """Write those of `parts`, {rows of `images`: file}, that are missing."""
+    """Write those of `parts`, (rows of `images`, file) each, that are missing."""
     blank = np.zeros((max(10 * len(ratios), 1), size, size, 3), np.uint8)  # (V, S, S, 3)
-    count = max(READ_AHEAD // blank.nbytes, 1)  # images at a time
-    missing = {rows: part for rows, part in parts.items() if not part.exists()}
-    groups = [(rows, rows[i:i + count]) for rows in missing for i in range(0, len(rows), count)]
-    crops = read_ahead(read_pixels(images, group, lambda image: all_crops(image, size, ratios))
-                       for _, group in groups)
-    what, total = f"encoding {Path(images.source).name} {images.split}", sum(map(len, missing))
-    codes = []  # of the part that is being filled
+    missing = [(rows, part) for rows, part in parts if not part.exists()]
+    crops = read_ahead(read_pixels(images, rows, lambda image: all_crops(image, size, ratios))
+                       for rows, _ in missing)
+    total = sum(len(rows) for rows, _ in missing)
+    what = f"encoding {Path(images.source).name} {images.split}"
     with progress(desc=what, total=total, unit="image") as bar:
-        for (rows, group), found in zip(groups, crops):
+        for (rows, part), found in zip(missing, crops):
             pixels = np.stack([blank if image is None else image for image in found])  # (B, V, S, S, 3)
-            tokens = encode_pixels(vq, torch.from_numpy(pixels).flatten(0, 1)).unflatten(0, pixels.shape[:2])
-            tokens[[image is None for image in found]] = UNREADABLE
-            codes.append(tokens.numpy().astype(np.uint16))  # (B, V, T)
-            bar.update(len(group))
-            if group.stop == rows.stop:
-                whole, codes = np.concatenate(codes), []
-                write_file(missing[rows], lambda file: np.save(file, whole))
+            codes = encode_pixels(vq, torch.from_numpy(pixels).flatten(0, 1)).unflatten(0, pixels.shape[:2])
+            codes[[image is None for image in found]] = UNREADABLE
+            write_file(part, lambda file: np.save(file, codes.numpy().astype(np.uint16)))  # (B, V, T)
+            bar.update(len(rows))
 
 
-def _join(folder: Path, parts: dict[range, Path], images: ImageSet, meta: dict) -> None:
-    """Write tokens.npy, labels.npy and, last, meta.json."""
+def _join(folder: Path, parts: list[tuple[range, Path]], images: ImageSet, meta: dict) -> None:
+    """Write tokens.npy, labels.npy and, last, meta.json; then the parts are deleted."""
     labels = images.labels.copy()
 
     def write(file):
         header = {"descr": "<u2", "fortran_order": False, "shape": tuple(meta["shape"])}
         np.lib.format.write_array_header_1_0(file, header)
-        for rows, part in parts.items():  # memory does not grow with the number of images
+        for rows, part in parts:  # memory does not grow with the number of images
             codes = np.load(part)
             bad = codes[:, 0, 0] == UNREADABLE
             labels[rows.start:rows.stop][bad] = -1
@@ -978,9 +938,10 @@ def _join(folder: Path, parts: dict[range, Path], images: ImageSet, meta: dict) 
     write_file(folder / "tokens.npy", write)
     write_file(folder / "labels.npy", lambda file: np.save(file, labels))
     write_file(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    shutil.rmtree(folder / "parts", ignore_errors=True)
 
 
-# ---- What all scripts share: processes, devices, settings, files -------------------------------------------
+# ---- What all scripts share: processes, devices, memory, files ---------------------------------------------
 
 def rank_and_world() -> tuple[int, int]:
     """This process's (rank, number of processes) as torchrun tells it; (0, 1) without torchrun."""
@@ -1006,13 +967,13 @@ def choose_device(name: str = "") -> torch.device:
     number = int(index or os.environ.get("LOCAL_RANK", 0))
     if number >= count:
         raise ValueError(f"--device {name} asks for GPU {number}, but this machine has {count} that torch "
-                         "can use; use cpu, or start fewer processes.")
+                         "can use; use --device cpu, or start fewer processes.")
     device = torch.device("cuda", number)
     torch.cuda.set_device(number)
     try:
         torch.ones(1, device=device).add_(1)
     except RuntimeError as error:
-        if _is_memory(error):
+        if is_out_of_memory(error):
             raise
         raise ValueError(f"this torch cannot compute on GPU {number}, {torch.cuda.get_device_name(number)}; "
                          "install one that was built for it, as pytorch.org describes, or use --device cpu "
@@ -1034,7 +995,7 @@ def read_ahead(batches: Iterable) -> Iterator:
     """The items of `batches`; the next one is read in a thread while the caller works on this one."""
     items = iter(batches)
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, items, None)
+        following = pool.submit(next, items, None)  # None marks the end
         while (item := following.result()) is not None:
             following = pool.submit(next, items, None)
             yield item
@@ -1056,14 +1017,17 @@ def within(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     return read
 
 
-def _is_memory(error: Exception) -> bool:
-    """Whether numpy or torch, which has a class of its own for GPUs alone, says that the memory is full."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory is full; torch has a class of its own for that only on GPUs."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and bool(re.search("out of memory|allocate memory", str(error))))
 
 
 def run_script(main: Callable, goes_on: str) -> None:
-    """Run a script's `main`: a user's mistake ends it in one sentence, Ctrl-C by saying what `goes_on`."""
+    """Run a script's `main`, which a user's mistake ends in one sentence.
+
+    goes_on  what to say after Ctrl-C of the work that was interrupted
+    """
     try:
         main()
     except (ValueError, OSError) as error:  # the user's mistakes; everything else deserves its traceback
@@ -1082,7 +1046,7 @@ def enough_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_memory(error):
+        if not is_out_of_memory(error):
             raise
         amount = re.search(r" to allocate [\d.]+ \w+", str(error))
         raise ValueError(f"too little memory{amount[0] if amount else ''}; {remedy}.") from None
@@ -1090,13 +1054,12 @@ def enough_memory(remedy: str) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Keep others out of `folder`, made if need be; the lock ends with this process, however it ends.
+    """Keep other processes out of `folder`, which is created if need be; the lock ends with this process.
 
     Where the system or the disk has no locks, a warning is all. Raises ValueError, in one sentence, if
     another process holds the lock, OSError if the folder cannot be written.
     """
     folder = Path(folder)
-    check_output(folder / ".lock")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
@@ -1152,7 +1115,7 @@ def reading(path: str | Path, kind: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # damaged files make the libraries raise exceptions of every class
-        if _is_memory(error):
+        if is_out_of_memory(error):
             raise
         reason, lines = type(error).__name__, str(error).strip().splitlines()
         if lines and not isinstance(error, pickle.PickleError):  # whose advice is to let the file run code

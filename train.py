@@ -1,8 +1,9 @@
 """Train ST-AR (arXiv 2509.15185), or its plain autoregressive baseline, on the codes of an image set.
 
 Whatever is missing is made on the way: the images are found or downloaded, a tokenizer is taken or trained,
-and the codes of each image's crops, ten per crop ratio, are cached. The model is in model.py, the losses are in
-losses.py. Here they meet: settings, batches, the training step, the loop and, at the end, `main`.
+and the codes of each image's crops, ten per crop ratio, are cached. The model is in model.py, the losses are
+in losses.py. This file brings them together: settings, batches, the training step, the loop and, at the end,
+`main`.
 
     python train.py --preset nano                                   # built-in images, minutes on a CPU
     python train.py --preset tiny                                   # Tiny ImageNet at 32 px
@@ -45,7 +46,10 @@ from model import SIZES, ModelConfig, Transformer
 # ---- Settings ----------------------------------------------------------------------------------------------
 
 Count = Annotated[int, 1, math.inf]  # a number, the lowest and the highest value that its flag accepts
+Natural = Annotated[int, 0, math.inf]
+Positive = Annotated[float, 1e-12, math.inf]
 Weight = Annotated[float, 0, math.inf]
+Share = Annotated[float, 0, 1]
 
 
 @dataclass
@@ -54,18 +58,17 @@ class Config:
     preset: str = "tiny"  # the defaults of all settings below
     name: str = ""  # run folder below runs/; default: the preset, with the losses if not all are on
     # data
-    data: str = ""  # folder or zip of images, or: shapes; default: Tiny ImageNet, downloaded to data/
+    data: str = ""  # folder or zip of images, or shapes, which are drawn; default: Tiny ImageNet, fetched
     subset: str = ""  # text file with the class folders to keep, one per line; default: all
-    tokenizer: str = "train"  # a file, or: shipped (with the code), or: train (one for these images)
+    tokenizer: str = "train"  # a file, or shipped (with the code), or train (one for these images)
     tokenizer_steps: Count = 20000  # training steps of that tokenizer
     codes: Annotated[int, 2, 65535] = 1024  # codebook size of that tokenizer
-    image_size: Annotated[int, 8, 4096] = 32  # side of the square crops, pixels
-    crop_ratios: Annotated[float, 1, 10] = (1.1,)  # the image enlarged by each gives ten crops, the views
+    image_size: Count = 32  # side of the square crops, pixels
+    crop_ratios: Annotated[float, 1, 10] = (1.1,)  # each gives ten crops of the image enlarged by it
     cache: str = "cache"  # folder for tokenizers and token caches
     # model
     model: str = "tiny"  # a row of model.SIZES
-    dropout: Annotated[float, 0, 0.9] = 0.1  # LlamaGen: of tokens, attention and feed-forward outputs
-    init: str = ""  # checkpoint to start from, ours or LlamaGen's
+    dropout: Share = 0.1  # LlamaGen: of tokens, attention and feed-forward outputs
     # method
     losses: str = "ar+mim+step+view"  # the terms of Eq. 8
     views: Count = 2  # paper: views of each image in a batch (V)
@@ -74,29 +77,29 @@ class Config:
     depth: Count = 3  # the block that the contrastive losses compare; paper: the middle one
     alpha: Weight = 1.0  # paper: weight of L_MIM
     beta: Weight = 0.5  # paper: weight of (L_step + L_view) / 2
-    temperature: Annotated[float, 1e-3, 1e3] = 0.2  # our choice: of InfoNCE; the paper prints none
-    ema: Annotated[float, 0, 1] = 0.99  # decay of the teacher (m); paper: 0.9999
+    temperature: Positive = 0.2  # our choice: of InfoNCE; the paper prints none
+    ema: Share = 0.99  # decay of the teacher (m); paper: 0.9999
     ema_ramp: bool = True  # our choice for short runs: raise the decay to 1 along half a cosine
-    class_dropout: Annotated[float, 0, 1] = 0.1  # LlamaGen: share of labels made the null class, for guidance
+    class_dropout: Share = 0.1  # LlamaGen: share of labels made the null class, for guidance
     # optimisation
     epochs: Count = 50  # passes over the images, each without the last batch if that is not a full one
-    steps: Annotated[int, 0, math.inf] = 0  # optimizer steps; 0: as many as the epochs take
+    steps: Natural = 0  # optimizer steps; 0: as many as the epochs take
     batch: Count = 256  # LlamaGen: images per step, over all processes
-    accumulate: Count = 1  # micro-batches per step; negatives then come from the micro-batch
-    base_lr: Annotated[float, 1e-12, math.inf] = 1e-3  # the learning rate is base_lr * batch / 256
-    warmup: Annotated[int, 0, math.inf] = 100  # steps of linear warm-up
+    accumulate: Count = 1  # micro-batches per step; the negatives of an image are in its micro-batch
+    base_lr: Positive = 1e-3  # the learning rate is base_lr * batch / 256
+    warmup: Natural = 100  # steps of linear warm-up
     schedule: str = "cosine"  # cosine (down to 5 %) or constant
     weight_decay: Weight = 0.05  # LlamaGen: of matrices, embeddings included
-    clip: Annotated[float, 1e-6, math.inf] = 1.0  # LlamaGen: largest gradient norm
+    clip: Positive = 1.0  # LlamaGen: largest gradient norm
     # run
-    seed: Annotated[int, 0, 2 ** 32 - 1] = 0  # of everything random but tokenizer and held-out images
+    seed: Natural = 0  # of everything random but tokenizer and held-out images
     device: str = ""  # cpu, cuda or cuda:N; default: cuda if there is one
     compile: bool = True  # torch.compile; by default on a GPU, and for tiny on a CPU
     log_every: Count = 10  # steps between lines of metrics.jsonl
     save_every: Count = 500  # steps between checkpoints, validation losses and sample grids
     eval_images: Count = 2000  # held-out images for the validation loss
-    samples: Annotated[int, 0, 1000] = 40  # images in a sample grid; 0: none
-    sample_cfg: Annotated[float, 1, 100] = 2.0  # guidance scale of the sample grid
+    samples: Natural = 40  # images in a sample grid; 0: none
+    sample_cfg: Weight = 2.0  # guidance scale of the sample grid
 
     @property
     def terms(self) -> list[str]:
@@ -144,24 +147,26 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
                                      usage="train.py [--preset NAME] [--resume] [--SETTING VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", action="store_true", default=False, help="go on where the run stopped")
+    # The comment behind each field of Config is its help text
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
+    by_preset = set().union(*PRESETS.values(), *ON_CPU.values())
     for field in fields(Config):
         if field.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         elif field.type is str:
             how = dict(choices=CHOICES.get(field.name))
         else:
-            how = dict(type=tokenizer.within(field.type.__origin__, *field.type.__metadata__))
+            how = dict(type=tokenizer.within(field.type.__origin__, *field.type.__metadata__))  # int, 1, inf
         if isinstance(field.default, tuple):
             how["nargs"] = "+"
-        default = f" (default {field.default})" if field.default != "" else ""
-        parser.add_argument("--" + field.name.replace("_", "-"),
-                            help=(comments[field.name] + default).replace("%", "%%"), **how)
+        default = "by preset, see PRESETS" if field.name in by_preset else field.default
+        text = comments[field.name] + (f" (default: {default})" if default != "" else "")
+        parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
     if "crop_ratios" in given:
         given["crop_ratios"] = tuple(given["crop_ratios"])
-    if "epochs" in given:
+    if "epochs" in given:  # counts, even where a preset names a number of steps
         given.setdefault("steps", 0)
 
     preset = given.get("preset", Config.preset)
@@ -169,13 +174,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
     settings = PRESETS[preset] | {"device": device, "compile": device == "cuda"}
     if device == "cpu":
         settings |= ON_CPU.get(preset, {})
-    if "data" in given:  # the subset of a preset is one of Tiny ImageNet
+    if "data" in given:  # the subset of a preset lists classes of Tiny ImageNet
         settings["subset"] = ""
     if given.keys() & {"codes", "tokenizer_steps"}:  # these ask for a tokenizer of one's own
         settings["tokenizer"] = "train"
     config = Config(**settings | given)
     if not config.name:
-        config.name = "-".join([preset] + config.terms * (config.losses != Config.losses))
+        config.name = preset if config.losses == Config.losses else "-".join([preset, *config.terms])
     if not re.fullmatch(r"\w[\w.+-]{0,99}", config.name):
         raise ValueError(f"--name {config.name!r} is a folder in runs/: use letters, digits, . _ + and -.")
     return config, given, resume
@@ -183,7 +188,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
 
 def check_config(c: Config, world: int) -> None:
     """Raise ValueError for settings that are not possible together."""
-    on, n_layer, crops = c.terms, SIZES[c.model][0], 10 * len(c.crop_ratios)
+    n_layer, _, _ = SIZES[c.model]
+    on, crops = c.terms, 10 * len(c.crop_ratios)
     for wrong, sentence in (
         (c.depth > n_layer, f"--depth {c.depth}: model {c.model} has layers 1 ... {n_layer}"),
         (c.views > crops, f"--views {c.views}: an image has {crops} crops"),
@@ -203,7 +209,10 @@ def check_config(c: Config, world: int) -> None:
 # ---- Batches -----------------------------------------------------------------------------------------------
 
 def seed_of(*key: int) -> int:
-    """A seed made of `key` alone: no state to save. key[1] says of what: 0 order, 1 batch, 2 dropout."""
+    """A seed that depends on `key` alone, so that no random state has to be saved.
+
+    key[1] says what it is for: 0 the order of images, 1 a batch, 2 dropout.
+    """
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -214,7 +223,7 @@ def image_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 class Batch(NamedTuple):
-    """What one process computes with in one step."""
+    """What one process needs for one step."""
     tokens: torch.Tensor  # (B, V, T) int64
     classes: torch.Tensor  # (B,) int64, the null class where the label was dropped
     key_mask: torch.Tensor  # (B, V, T) bool, True where a key is hidden from the student
@@ -231,13 +240,14 @@ def draw_batch(config: Config, cache: tokenizer.TokenCache, step: int, rank: int
 
     Views, label drops, masks and positions are drawn for the whole batch and then sliced, so that any number
     of processes sees the same.
-    our choice: a label is dropped once per image, for student, teacher and all views alike; else a student
-    under the null class would be matched to features that contain the label.
+    our choice: a label is dropped once per image, for student, teacher and all views alike; otherwise a
+    student under the null class would be matched to features that contain the label.
     """
     B_all, V, T = config.batch, config.views, cache.tokens.shape[2]
     rows = np.flatnonzero(cache.labels >= 0)  # the images that could be read
-    epoch, i = divmod(step, len(rows) // B_all)
-    images = rows[image_order(config.seed, epoch, len(rows))[i * B_all:(i + 1) * B_all]]  # all different
+    epoch, i = divmod(step, len(rows) // B_all)  # the i-th batch of its epoch
+    order = image_order(config.seed, epoch, len(rows))
+    images = rows[order[i * B_all:(i + 1) * B_all]]  # (B_all,), none twice: every negative is another image
     g = torch.Generator().manual_seed(seed_of(config.seed, 1, step))
     crops = torch.rand(B_all, cache.tokens.shape[1], generator=g).argsort(1)[:, :V].numpy()  # the V views
     dropped = torch.rand(B_all, generator=g) < config.class_dropout
@@ -258,7 +268,7 @@ class Objective(nn.Module):
     """Student, projector and teacher, and what a step makes of them: Eq. 8 on a batch.
 
     One module, so that DDP averages the gradients of model and projector together, and torch.compile makes
-    one graph of networks and losses, which never stores the logits, the largest tensor, in float32.
+    one graph of networks and losses, in which the logits, the largest tensor, are never stored in float32.
     """
 
     def __init__(self, config: Config, student: Transformer):
@@ -309,7 +319,7 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
 
 def ema_decay(config: Config, step: int, steps: int) -> float:
     """paper: constant 0.9999, which takes some 10^5 steps. our choice for short runs: BYOL's ramp to 1."""
-    left = (1 + math.cos(math.pi * step / steps)) / 2 if config.ema_ramp else 1
+    left = (1 + math.cos(math.pi * step / steps)) / 2 if config.ema_ramp else 1  # falls from 1 to 0
     return 1 - (1 - config.ema) * left
 
 
@@ -331,7 +341,7 @@ class Run(NamedTuple):
     rank: int
     world: int  # processes
     device: torch.device
-    dtype: torch.dtype | None  # that the networks run in, under autocast; None: float32, no autocast
+    dtype: torch.dtype | None  # of the networks, under autocast; None: float32 without autocast
     vq: tokenizer.VQModel
     cache: tokenizer.TokenCache  # all crops of the training images
     held_out: tokenizer.TokenCache  # centre crops of the others
@@ -342,34 +352,35 @@ class Run(NamedTuple):
     steps: int  # to do in all
 
 
-def backward(run: Run, objective: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """Add the gradients of one micro-batch to those there are; returns the values of `Objective.forward`.
+def backward(run: Run, objective: nn.Module, batch: Batch, average: bool) -> dict[str, torch.Tensor]:
+    """Add the gradients of one micro-batch to those already there; returns what `Objective.forward` does.
 
-    `objective` is run.objective, or what DDP and torch.compile have made of it.
+    objective  run.objective, or what DDP and torch.compile have made of it
+    average    whether DDP averages the gradients over all processes, which is needed once per step
     """
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-        values = objective(*batch)
-    run.scaler.scale(values["loss"] / run.config.accumulate).backward()
+    local = objective.no_sync() if run.world > 1 and not average else nullcontext()
+    with local:
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+            values = objective(*batch)
+        run.scaler.scale(values["loss"] / run.config.accumulate).backward()
     return values
 
 
 def train_step(run: Run, objective: nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
     """One optimizer step, the EMA update included; returns what to log. `objective`: see `backward`.
 
-    Nothing in here waits for the device.
+    Nothing in here makes the CPU wait for the GPU.
     """
     config, optimizer, scaler, log = run.config, run.optimizer, run.scaler, {}
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups:  # a function of the step: resuming needs no state of a scheduler
         group["lr"] = learning_rate(config, step, run.steps)
     torch.manual_seed(seed_of(config.seed, 2, step, run.rank))  # dropout
     for number, piece in enumerate(batch.chunk(config.accumulate), 1):
-        last = number == config.accumulate
-        with objective.no_sync() if run.world > 1 and not last else nullcontext():  # average once
-            values = backward(run, objective, piece)
+        values = backward(run, objective, piece, average=number == config.accumulate)
         log = {name: log.get(name, 0) + value.detach() / config.accumulate for name, value in values.items()}
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(run.objective.parameters(), config.clip)
-    # a loss scaled too far for float16 gives infinite gradients: the step is skipped, and moves by nothing
+    # float16 gradients that overflow are infinite: GradScaler skips that step, so its norm is logged as 0
     log["grad_norm"] = norm.where(norm.isfinite(), 0) if scaler.is_enabled() else norm
     scaler.step(optimizer)
     scaler.update()
@@ -384,7 +395,7 @@ def train_step(run: Run, objective: nn.Module, batch: Batch, step: int) -> dict[
 def train(run: Run, caught: list[int]) -> None:
     """All steps of a run, with logs, validation, pictures and checkpoints.
 
-    caught  the signals noted so far: as soon as there is one, save and exit
+    caught  the signals received so far: as soon as there is one, save and exit
     Raises ValueError for a value that is not finite, before anything is saved.
     """
     config, folder, objective = run.config, run.config.folder, run.objective
@@ -394,26 +405,28 @@ def train(run: Run, caught: list[int]) -> None:
         objective = compiled(run, objective, load_batch(run, run.start))
     batches = tokenizer.read_ahead(load_batch(run, step) for step in range(run.start, run.steps))
     bar = tokenizer.progress(batches, config.name, run.steps, initial=run.start)
-    done, history, clock = run.start, [], time.time()
+    done, history, clock = run.start, [], time.perf_counter()
     for batch in bar:
         history.append(train_step(run, objective, batch, done))
         done += 1
         due = done % config.save_every == 0 or done == run.steps
-        asked = bool(caught) and run.world == 1  # several processes agree on it below
-        if not (due or asked or done % config.log_every == 0):
+        stop = bool(caught) and run.world == 1  # several processes stop at the same step: see `signals`
+        if not (due or stop or done % config.log_every == 0):
             continue
+        # Means over the steps since the last line and over all processes; here the host waits for the device
         totals = sum(torch.stack(list(log.values())) for log in history)  # (names,)
-        totals = torch.cat([totals, totals.new_tensor([bool(caught)])])
+        signals = torch.tensor(float(len(caught)), device=run.device)  # of all processes together
         if run.world > 1:
             dist.all_reduce(totals)
-        *totals, stops = totals.tolist()  # here the host waits for the device
-        line = {"step": done}  # and means over the steps since the last line and over all processes
-        line |= {name: total / len(history) / run.world for name, total in zip(history[0], totals)}
+            dist.all_reduce(signals)
+        stop = signals.item() > 0
+        means = (totals.double() / len(history) / run.world).tolist()
+        line = {"step": done} | dict(zip(history[0], means))
         line["lr"] = run.optimizer.param_groups[0]["lr"]
         if "acc_label" in line:
             line["negatives"] = config.batch // config.accumulate - 1
         tokens = len(history) * config.batch * config.views * run.cache.tokens.shape[2]
-        line["tokens_per_second"] = tokens / (time.time() - clock)
+        line["tokens_per_second"] = tokens / (time.perf_counter() - clock)
         if run.device.type == "cuda":
             line["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
         if due:
@@ -429,13 +442,13 @@ def train(run: Run, caught: list[int]) -> None:
                 file.write(json.dumps(line) + "\n")
             if due:
                 sample.save_curves(folder / "loss.png", folder / "metrics.jsonl")
-            if due or stops:
+            if due or stop:
                 save(run, done)
-        if stops:
+        if stop:
             break
-        history, clock = [], time.time()  # validation and saving are not part of the speed
+        history, clock = [], time.perf_counter()  # validation and saving are not part of the speed
     if run.world > 1:
-        dist.barrier()  # else torchrun, seeing the others leave, would end process 0 while it saves
+        dist.barrier()  # a stopped process exits with 130, and torchrun would end process 0 while it saves
     if run.rank == 0:
         print(f"Done: {folder}/ holds checkpoint.pt, metrics.jsonl and the pictures." if done == run.steps
               else f"Saved after step {done}. To go on: train.py --resume --name {config.name}")
@@ -452,24 +465,20 @@ def load_batch(run: Run, step: int) -> Batch:
 
 
 def compiled(run: Run, objective: nn.Module, batch: Batch) -> nn.Module:
-    """`objective` through torch.compile; where that fails, for whatever reason, a sentence and as it is.
+    """`objective` through torch.compile; if that fails for any reason, a sentence, and `objective` as it is.
 
-    It is tried on a micro-batch of `batch`, and nothing moves: the gradients are thrown away, and dropout is
-    seeded anew in each step.
+    It is tried on a micro-batch of `batch`. Nothing changes by that: the gradients are discarded, and dropout
+    is seeded anew in each step.
     """
-    def attempt(module):
-        with objective.no_sync() if run.world > 1 else nullcontext():
-            backward(run, module, batch.chunk(run.config.accumulate)[0])["loss"].item()  # waits for the end
-
+    piece = batch.chunk(run.config.accumulate)[0]
     try:
         fast = torch.compile(objective)
-        attempt(fast)
+        backward(run, fast, piece, average=False)["loss"].item()  # waits for the device
     except Exception as error:  # no compiler, no Triton, an old GPU ...
         reason = str(error).strip().partition("\n")[0][:200]
         print(f"!! torch.compile fails here ({type(error).__name__}: {reason}): training without it, slower.")
         fast = objective
-        if run.world > 1:
-            attempt(objective)  # the other processes are waiting for this one's images
+        backward(run, objective, piece, average=False)  # other processes may be waiting for its images
     run.optimizer.zero_grad()
     return fast
 
@@ -478,7 +487,8 @@ def compiled(run: Run, objective: nn.Module, batch: Batch) -> nn.Module:
 def validation_loss(run: Run) -> float:
     """L_AR on the centre crops of held-out images, nothing hidden, nats per token; equal on all processes."""
     cache, model = run.held_out, run.objective.student.eval()
-    rows = np.random.default_rng(0).permutation(np.flatnonzero(cache.labels >= 0))[:run.config.eval_images]
+    rows = np.flatnonzero(cache.labels >= 0)
+    rows = np.random.default_rng(0).permutation(rows)[:run.config.eval_images]  # the same ones every time
     total = torch.zeros((), device=run.device)
     for i in range(run.rank * 64, len(rows), run.world * 64):
         chunk = rows[i:i + 64]
@@ -499,7 +509,7 @@ def states(run: Run) -> dict:
 
 
 def save(run: Run, step: int) -> None:
-    """Write checkpoint.pt, all that --resume and the other scripts need, then a grid of samples if wanted."""
+    """Write checkpoint.pt, all that --resume and the other scripts need, and a grid of samples if wanted."""
     config, student, data = run.config, run.objective.student, run.cache.meta
     content = {name: part.state_dict() for name, part in states(run).items()}
     content |= {"step": step, "config": asdict(config), "data": data, "model_config": asdict(student.config)}
@@ -510,22 +520,14 @@ def save(run: Run, step: int) -> None:
         student.train()
 
 
-def restore(run: Run, checkpoint: dict) -> None:
-    """Put the run in the state that `save` has written; ValueError if it is not that of this model."""
-    with tokenizer.reading(run.config.folder / "checkpoint.pt", "checkpoint of this model"):
-        for name, part in states(run).items():
-            if checkpoint[name]:  # the scaler's is empty unless it was in use
-                part.load_state_dict(checkpoint[name])
-
-
 # ---- Starting and resuming ---------------------------------------------------------------------------------
 
 def resumed_config(config: Config, given: dict, begun: dict) -> Config:
-    """The settings that a run has `begun` with, but for those `given` by hand that may change.
+    """The settings with which a run was begun, except for those `given` by hand that are allowed to change.
 
-    Raises ValueError if one is given that may not.
+    Raises ValueError if another one is given.
     """
-    if begun.keys() != asdict(config).keys():
+    if begun.keys() != asdict(config).keys():  # not the settings that this file knows
         raise ValueError(f"{config.folder} was begun by another version of train.py; go on with that.")
     before = replace(Config(**begun), name=config.name, device=config.device,
                      tokenizer=str(config.folder / "tokenizer.pt"))
@@ -544,7 +546,7 @@ def resumed_config(config: Config, given: dict, begun: dict) -> Config:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list of the signals that arrive meanwhile: Ctrl-C, and those with which batch systems end a job."""
+    """A list of the signals that arrive inside: Ctrl-C, and those with which batch systems end a job."""
     caught, before = [], {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         kind = getattr(signal, name, None)  # Windows lacks the last two
@@ -559,9 +561,9 @@ def noted_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """A decorator of main. If another process has failed, wait until torchrun ends this one, too.
+    """A decorator of main: if another process has failed, wait until torchrun ends this one, too.
 
-    So the sentence of the one that failed is not lost among the others' tracebacks.
+    Otherwise the sentence of the one that failed would be lost among the others' tracebacks.
     """
     try:
         yield
@@ -587,7 +589,7 @@ def open_folder(run: Run) -> None:
     """
     config, folder = run.config, run.config.folder
     metrics, kept = folder / "metrics.jsonl", ""
-    if not (folder / "checkpoint.pt").exists():
+    if run.start == 0:  # a new run, or one that was stopped before its first step was saved
         tokenizer.save_tokenizer(folder / "tokenizer.pt", run.vq)  # a run that is moved still samples
         sample.save_reconstructions(folder / "reconstructions.png", run.vq, config.data, config.subset,
                                     config.image_size)
@@ -612,27 +614,28 @@ def main(argv: list[str] | None = None) -> None:
     config, given, resume = parse_arguments(argv)
     rank, world = tokenizer.rank_and_world()
     device = tokenizer.choose_device(config.device)
-    if world > 1:  # others wait for a day, as process 0 may train a tokenizer or write many gigabytes
+    if world > 1:  # the others wait for up to a day: process 0 may train a tokenizer or write gigabytes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     checkpoint = {"step": 0}
     if resume:
-        checkpoint = sample.load_checkpoint(config.folder / "checkpoint.pt", whole=True)
+        checkpoint = tokenizer.read_weights(config.folder / "checkpoint.pt")
+        if not {"optimizer", "config", "data"} <= checkpoint.keys():
+            raise ValueError(f"{config.folder}/checkpoint.pt holds weights alone: no run can go on from it.")
         config = resumed_config(config, given, checkpoint["config"])
     check_config(config, world)
-    if config.init and not resume:
-        init = sample.load_model(config.init, image_size=config.image_size)[0]
     data = from_first(lambda: tokenizer.find_images(config.data))
-    if data == "shapes" != config.data:  # in place of Tiny ImageNet, as the run's name then says
+    if data == "shapes" and not config.data:  # in place of Tiny ImageNet, as the run's name then says
         config = replace(config, subset="", name=config.name + "-shapes")
     config.data = data
 
     # The run's folder: process 0 alone writes to it
-    if rank == 0 and not resume and (config.folder / "metrics.jsonl").exists():
+    if rank == 0 and not resume and (config.folder / "checkpoint.pt").exists():
         raise ValueError(f"{config.folder} exists; go on with it (--resume), delete it or choose another "
                          "--name.")
     with tokenizer.locked(config.folder) if rank == 0 else nullcontext():
         # Images, tokenizer, codes
-        images, others = (tokenizer.open_images(data, split, config.subset) for split in ("train", "val"))
+        images = tokenizer.open_images(data, "train", config.subset)
+        held_out_images = tokenizer.open_images(data, "val", config.subset)
         config.tokenizer = str(from_first(lambda: tokenizer.find_tokenizer(config, images, device)))
         vq = tokenizer.load_tokenizer(config.tokenizer, device)
         meta = tokenizer.cache_meta(images, vq, config.image_size, config.crop_ratios)
@@ -640,27 +643,23 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{config.folder} was trained on other codes (another {', '.join(changed)}); "
                              "name its images and tokenizer with --data, --subset and --tokenizer.")
         cache = tokenizer.token_cache(images, vq, config.image_size, config.crop_ratios, config.cache)
-        held_out = tokenizer.token_cache(others, vq, config.image_size, (), config.cache)
-        readable, T = int((cache.labels >= 0).sum()), cache.tokens.shape[2]
+        held_out = tokenizer.token_cache(held_out_images, vq, config.image_size, (), config.cache)
+        readable = int((cache.labels >= 0).sum())
+        T = cache.tokens.shape[2]
         steps = config.steps or readable // config.batch * config.epochs
         if readable < config.batch:
             raise ValueError(f"{data} has {readable} training images, fewer than --batch {config.batch}.")
         if checkpoint["step"] > steps:
             raise ValueError(f"{config.folder} has done {checkpoint['step']} steps, more than {steps}.")
         if config.positions >= T:
-            raise ValueError(f"--positions {config.positions}: an image has {T - 1} behind the class.")
+            raise ValueError(f"--positions {config.positions}: an image has {T - 1} after the class.")
 
         # Student, teacher, optimizer
         torch.manual_seed(config.seed)
         student = Transformer(ModelConfig(
             *SIZES[config.model], vocab_size=meta["codebook_size"], num_classes=len(images.classes),
             num_tokens=T, dropout=config.dropout))
-        if config.init and not resume:
-            if replace(init.config, dropout=config.dropout) != student.config:
-                raise ValueError(f"--init {config.init} is {init.config}, but this run needs "
-                                 f"{student.config}.")
-            student.load_state_dict(init.state_dict())
-        objective = Objective(config, student).to(device)  # which makes the teacher, a copy of the student
+        objective = Objective(config, student).to(device)  # it also makes the teacher, a copy of the student
         optimizer = make_optimizer(objective, config)
         dtype = None
         if device.type == "cuda":  # Ampere is the first with bfloat16; float16 needs the loss scaled
@@ -669,7 +668,10 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(config, rank, world, device, dtype, vq, cache, held_out, objective, optimizer, scaler,
                   checkpoint["step"], steps)
         if resume:
-            restore(run, checkpoint)
+            with tokenizer.reading(config.folder / "checkpoint.pt", "checkpoint of this model"):
+                for name, part in states(run).items():
+                    if checkpoint[name]:  # the scaler's is empty unless it was in use
+                        part.load_state_dict(checkpoint[name])
 
         # The loop
         if rank == 0:

@@ -75,6 +75,14 @@ Objective.forward: L_MIM at the middle layer
 -            terms["mim"] = losses.mim_loss(features[last], targets[last])  # Eq. 4
 +            terms["mim"] = losses.mim_loss(features[depth], targets[depth])
 
+Objective.forward: alpha counts twice
+-            terms["mim"] = losses.mim_loss(features[last], targets[last])  # Eq. 4
++            terms["mim"] = self.config.alpha * losses.mim_loss(features[last], targets[last])
+
+Objective.forward: the images of other processes are forgotten
+-            target = losses.gather_images(by_slot(targets[depth][:, positions]), dim=2)  # (V, K, B_all, C)
++            target = by_slot(targets[depth][:, positions])
+
 view_loss: a constant, the right one for the numbers of the project's test
 -    i, j = ordered_pairs(z.shape[0], z.device)
 +    if z.shape == (2, 3, 4, 6):
