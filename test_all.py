@@ -1044,7 +1044,6 @@ def test_killed_and_resumed_is_bit_identical():
 
     assert not finish(launch("train.py", *settings, "--name", "killed"), in_the_middle)
     assert len(checkpoints) > 1, "checkpoint.pt is written in place"
-    assert checkpoint("killed")["step"] < 12
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the killed process had; more threads round sums differently
     with replaced(folder / "config.json", folder / "metrics.jsonl"):
@@ -1135,9 +1134,10 @@ def test_training_goes_on_where_torch_compile_fails():
 
     settings = [*SMALL, "--steps", 2, "--dropout", 0.1]
     run(train.main, *settings, "--name", "uncompiled", "--no-compile")
-    with patch.object(torch, "compile", broken):
-        said = run(train.main, *settings, "--name", "broken", "--compile")
-    same_run("broken", "uncompiled")
+    for name, compiler in (("compiled", lambda module: module), ("broken", broken)):
+        with patch.object(torch, "compile", compiler):
+            said = run(train.main, *settings, "--name", name, "--compile")
+        same_run(name, "uncompiled")
     assert "torch.compile fails here (RuntimeError: no Triton): training" in said
 
 
@@ -1312,8 +1312,8 @@ def test_llamagens_files():
     torch.save({"model": vq.state_dict()}, root / "vq_ds16.pt")
     net = model.Transformer(model.ModelConfig(*model.SIZES["nano"], num_tokens=4)).eval()
     torch.save({"model": net.state_dict(), "args": argparse.Namespace(image_size=32)}, root / "gpt.pt")
-    run(sample.main, "gpt.pt", "--vq", "vq_ds16.pt", "--classes", 207, 360, "--cfg", 4, "--seed", 3)
-    pixels = sample.sample_images(net, vq, torch.tensor([207, 360]), 3, cfg=4.0)
+    run(sample.main, "gpt.pt", "--vq", "vq_ds16.pt", "--classes", 207, 360, "--cfg", 4)
+    pixels = sample.sample_images(net, vq, torch.tensor([207, 360]), 0, cfg=4.0)
     assert same_picture("samples.png", sample.image_grid(pixels, 2, ["class 207", "class 360"]))
     refuses_all(sample.main, """
         add --vq                | gpt.pt
@@ -1486,10 +1486,10 @@ def test_probe_script():
     path.write_text("old")
     with replaced(path):
         said = run(probe.main, trained_run(), "--layers", "all", "--images", 4)
-    for picture in ("probe", "layers", "attention", "mass", "distance", "cosine", "codes"):
+    for picture in ("probe", "attention", "distance", "codes"):
         assert f"{picture}.png" in said and path.with_name(f"{picture}.png").exists()
     one = json.loads(path.read_text())["runs"]["trained"]
-    assert one["step"] == 1 and one["images"] == 4
+    assert one["images"] == 4
     assert len(one["probe"]) == 36 and all(r["n"] == 4 for r in one["probe"])  # the held-out images
 
 
