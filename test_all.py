@@ -2,7 +2,6 @@
 
     python test_all.py            # everything, offline, some 90 seconds on two quiet cores
     python test_all.py nce mask   # only tests whose name contains one of these words
-    python test_all.py --stress   # instead: a training that is killed thirty times
 
 Collected by pytest, too, but for those of a GPU. The last line is "N passed, N failed".
 """
@@ -292,6 +291,8 @@ def test_reader_layouts():
     (root / "list.txt").write_bytes(b"\xef\xbb\xbfclass3\r\n\r\n class1 \r\nclass3")  # as Windows writes it
     few, _ = splits(root / "plain", root / "list.txt")
     assert few.classes == ["class1", "class3"] and len(few) == 22
+    Image.new("RGB", (7, 5)).save(root / "plain" / train_set.names[0])  # another image, another fingerprint
+    assert splits(root / "plain")[0].fingerprint != train_set.fingerprint
     for names in (("Train", "Val"), ("training", "testing")):
         for name, each in zip(names, (3, 2)):
             write_images(root / names[0] / "around" / name, each=each)
@@ -331,6 +332,9 @@ def test_pictures_are_upright():
     picture.save(file, "JPEG", exif=lying)
     turned = np.asarray(tokenizer.decode_image(file.getvalue(), "x"))
     assert turned.shape == (16, 8, 3) and turned[:7].min() > 240 and turned[9:].max() < 15
+    broken = io.BytesIO()
+    picture.save(broken, "PNG", exif=bytes([0, 8, 0, 2, 1, 18, 0, 3]))  # cannot be read; the pixels can
+    assert tokenizer.decode_image(broken.getvalue(), "x").size == (16, 8)
     refuses("x.eps readable image", tokenizer.decode_image, b"%!PS-Adobe-3.0 EPSF-3.0\n", "x.eps")
 
 
@@ -537,6 +541,15 @@ def test_written_whole_or_not_at_all():
     with replaced(path):
         tokenizer.write_file(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
+
+
+def test_downloads_are_checked():
+    source, path = scratch() / "there", scratch() / "here"
+    source.write_bytes(b"abc")
+    refuses("not the 3 expected", tokenizer.download, source.as_uri(), path, 3, "md5:0")
+    assert not path.exists()
+    tokenizer.download(source.as_uri(), path, 3, "md5:900150983cd24fb0d6963f7d28e17f72")
+    assert path.read_bytes() == b"abc"
 
 
 def test_tokenizer_script():
@@ -1920,42 +1933,10 @@ def cuda_test_all_gpus_equal_the_cpu():
             close(name, metrics("nccl")[0][name], value, 0.02)
 
 
-# ---- Stress: python test_all.py --stress -------------------------------------------------------------------
-
-def job(processes, moments=()):
-    """Tokenizer, codes and training, killed after each of these seconds: what is left, and the kills."""
-    folder, kills = scratch(), 0
-    command = ["train.py", *TINY, "--name", "job", "--data", workshop() / "images", "--codes", 64,
-               "--dropout", 0.1, "--tokenizer-steps", 60, "--steps", 60, "--save-every", 10]
-    for seconds in [*moments, math.inf]:
-        resume = ["--resume"] * (folder / "runs/job/checkpoint.pt").exists()
-        end = time.time() + seconds
-        if finish(launch(*command, *resume, processes=processes, folder=folder), lambda: time.time() > end):
-            break
-        kills += 1
-    states = checkpoint(folder / "runs/job")
-    return [states[key] for key in STATE] + [line["loss"] for line in metrics(folder / "runs/job")], kills
-
-
-def stress_killed_thirty_times():
-    """Weights and losses of a job that is killed again and again are those of one left in peace."""
-    rng, kills = np.random.default_rng(0), 0
-    for processes in (1, 2):
-        start = time.time()
-        whole, _ = job(processes)
-        seconds = time.time() - start
-        while kills < 15 * processes:
-            left, more = job(processes, rng.uniform(0, seconds, 8))
-            assert same(left, whole), f"{processes} process(es), {more} kills"
-            kills += more
-    return f"{kills} kills of jobs of 1 and 2 processes, all ended bit-identical"
-
-
 # ---- The runner --------------------------------------------------------------------------------------------
 
 def main():
-    words, failed, skipped = [word for word in sys.argv[1:] if word != "--stress"], 0, 0
-    kinds = "stress_" if "--stress" in sys.argv else ("test_", "cuda_test_")
+    words, kinds, failed, skipped = sys.argv[1:], ("test_", "cuda_test_"), 0, 0
     tests = {name: test for name, test in globals().items()
              if name.startswith(kinds) and any(word in name for word in words or [""])}
     for name, test in tests.items():
