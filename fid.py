@@ -873,6 +873,7 @@ def main(argv: list[str] | None = None) -> None:
     vq = load_tokenizer(args.vq, device) if args.vq else None
     samples = {name: open_samples(name) for name in args.fake if name not in REAL_ROWS}
     images = None if args.real.endswith(".npz") else open_real(args)
+    # the sides whose images are as they are; those of --real, unless it is an .npz, are cut to the same size
     given = [*samples.values()] if images else [npz_side(args.real), *samples.values()]
     size = common_size(images, given, args.image_size)
     if images and not size and (vq or classifier):
