@@ -1097,6 +1097,8 @@ def test_signals_save_and_end():
             assert checkpoint(f"struck-{kind}")["step"] == 2
         signal.signal(kind, signal.SIG_IGN)
         run(train.main, *settings, "--name", "nohup", "--seed", int(kind))
+    for kind in kinds:
+        signal.signal(kind, signal.default_int_handler)
     assert checkpoint("nohup")["step"] == 3
 
 
