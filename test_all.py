@@ -1157,11 +1157,13 @@ def test_training_goes_on_where_torch_compile_fails():
 
 
 def test_a_run_folder_belongs_to_one_process():
-    """As far as the system has locks."""
+    """Where the system has locks; elsewhere, as on Windows, a warning is all."""
     folder, resume = trained_run(), ["--name", "trained", "--resume"]
     with tokenizer.locked(folder):
-        refuses("another process", run, train.main, *resume)
-        with patch.dict(sys.modules, fcntl=None):  # as on Windows
+        with contextlib.suppress(ImportError):
+            __import__("fcntl")
+            refuses("another process", run, train.main, *resume)
+        with patch.dict(sys.modules, fcntl=None):
             said = run(train.main, *resume)
     assert "!!" in said and "Done: runs/trained/" in said
 

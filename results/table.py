@@ -258,7 +258,9 @@ def tables() -> dict[str, str]:
     text = {"each loss": whole(three, (1, 1.5), AR), "equal time": whole(equal, (1, 1.5), "AR, 2,600 steps"),
             "minutes": minutes(), "500 steps": whole(variants(500), (1, 1.5), AR),
             "8,000 steps": whole(variants(8000), (1, 1.25, 1.5), AR),
-            "16,000 steps": whole(long, (1, 1.25, 1.5), AR), "lighter mask": whole(again, (1, 1.25, 1.5), AR),
+            "16,000 steps": whole(long, (1, 1.25, 1.5), AR),
+            "32,000 steps": whole(variants(32000), (1, 1.25, 1.5), AR),
+            "lighter mask": whole(again, (1, 1.25, 1.5), AR),
             "200 classes": table(gpu, UNDERSTANDING, AR) + "\n\n" + samples(pair, (1, 1.25, 1.5, 2), AR),
             "tiny on a CPU": table({STAR: RUNS[5000, "all"]}, UNDERSTANDING),
             "shapes": whole(variants(600, "shapes-"), (1, 1.5), AR),
@@ -378,7 +380,7 @@ def draw_lengths() -> None:
         lines, bands = {}, {}
         for name, variant in (PAIR | {"without MIM": "step-view"}).items():
             lines[name], bands[name] = [], []
-            for steps in (500, 2000, 8000, 16000):
+            for steps in (500, 2000, 8000, 16000, 32000):
                 seeds, ar = RUNS.get((steps, variant), {}), RUNS[steps, "ar"]
                 if seeds:
                     mean, half = mean_and_half([value(line, ar[seed]) for seed, line in seeds.items()])
