@@ -824,7 +824,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--subset", default="", help="file with class folders of --real, one a line")
     add("--image-size", type=within(int, 8, 4096),
         help="centre-crop real images, pixels (default: to the fakes' size)")
-    add("--features", choices=["inception", "classifier"], default="inception")
+    add("--features", choices=["inception", "classifier"], default="inception",
+        help="inception for FID; classifier, trained on the real images, for small ones")
     add("--resize", choices=["adm", "pytorch-fid"], default="adm",
         help="how images are resized to 299 px, and were for a file of statistics")
     add("--weights", help="InceptionV3's weights (default: downloaded once into --cache)")

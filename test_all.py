@@ -1091,7 +1091,7 @@ def test_signals_save_and_end():
     settings = [*SMALL, "--samples", 0, "--steps", 3]
     with patch.object(train, "train_step", struck):
         for kind in kinds:
-            signal.signal(kind, signal.default_int_handler)  # a shell may ignore it for jobs in the background
+            signal.signal(kind, signal.default_int_handler)  # in the background a shell may ignore it
             refuses(f"Saved after step 2 --resume --name struck-{kind}", run, train.main,
                     *settings, "--name", f"struck-{kind}", "--seed", int(kind))
             assert checkpoint(f"struck-{kind}")["step"] == 2

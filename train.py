@@ -64,7 +64,7 @@ class Config:
     tokenizer_steps: Count = 20000  # training steps of that tokenizer
     codes: Annotated[int, 2, 65535] = 1024  # codebook size of that tokenizer
     image_size: Count = 32  # side of the square crops, pixels
-    crop_ratios: Annotated[float, 1, 10] = (1.1,)  # each gives ten crops of the image enlarged by it
+    crop_ratios: Annotated[float, 1, 10] = (1.1,)  # the image is enlarged by each, and ten crops are taken
     cache: str = "cache"  # folder for tokenizers and token caches
     # model
     model: str = "tiny"  # a row of model.SIZES
@@ -77,7 +77,7 @@ class Config:
     depth: Count = 3  # the block that the contrastive losses compare; paper: the middle one
     alpha: Weight = 1.0  # paper: weight of L_MIM
     beta: Weight = 0.5  # paper: weight of (L_step + L_view) / 2
-    temperature: Positive = 0.2  # our choice: of InfoNCE; the paper prints none
+    temperature: Positive = 0.2  # our choice: temperature of InfoNCE; the paper prints none
     ema: Share = 0.99  # decay of the teacher (m); paper: 0.9999
     ema_ramp: bool = True  # our choice for short runs: raise the decay to 1 along half a cosine
     class_dropout: Share = 0.1  # LlamaGen: share of labels made the null class, for guidance
@@ -89,10 +89,10 @@ class Config:
     base_lr: Positive = 1e-3  # the learning rate is base_lr * batch / 256
     warmup: Natural = 100  # steps of linear warm-up
     schedule: str = "cosine"  # cosine (down to 5 %) or constant
-    weight_decay: Weight = 0.05  # LlamaGen: of matrices, embeddings included
+    weight_decay: Weight = 0.05  # LlamaGen: decay of matrices, embeddings included
     clip: Positive = 1.0  # LlamaGen: largest gradient norm
     # run
-    seed: Natural = 0  # of everything random but tokenizer and held-out images
+    seed: Natural = 0  # of all that is random, except the tokenizer's training
     device: str = ""  # cpu, cuda or cuda:N; default: cuda if there is one
     compile: bool = True  # torch.compile; by default on a GPU, and for tiny on a CPU
     log_every: Count = 10  # steps between lines of metrics.jsonl
@@ -159,7 +159,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
             how = dict(type=tokenizer.within(field.type.__origin__, *field.type.__metadata__))  # int, 1, inf
         if isinstance(field.default, tuple):
             how["nargs"] = "+"
-        default = "by preset, see PRESETS" if field.name in by_preset else field.default
+        default = "by preset, see PRESETS in train.py" if field.name in by_preset else field.default
         text = comments[field.name] + (f" (default: {default})" if default != "" else "")
         parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
@@ -451,7 +451,7 @@ def train(run: Run, caught: list[int]) -> None:
         dist.barrier()  # a stopped process exits with 130, and torchrun would end process 0 while it saves
     if run.rank == 0:
         print(f"Done: {folder}/ holds checkpoint.pt, metrics.jsonl and the pictures." if done == run.steps
-              else f"Saved after step {done}. To go on: train.py --resume --name {config.name}")
+              else f"Saved after step {done}. To go on: python train.py --resume --name {config.name}")
     if done < run.steps:
         sys.exit(130)  # as for Ctrl-C
 
@@ -471,11 +471,13 @@ def compiled(run: Run, objective: nn.Module, batch: Batch) -> nn.Module:
     is seeded anew in each step.
     """
     piece = batch.chunk(run.config.accumulate)[0]
+    if run.rank == 0:
+        print("Compiling the model, which takes a minute or two; --no-compile leaves it out.", flush=True)
     try:
         fast = torch.compile(objective)
         backward(run, fast, piece, average=False)["loss"].item()  # waits for the device
     except Exception as error:  # no compiler, no Triton, an old GPU ...
-        reason = str(error).strip().partition("\n")[0][:200]
+        reason = " ".join(str(error).split())[:200]
         print(f"!! torch.compile fails here ({type(error).__name__}: {reason}): training without it, slower.")
         fast = objective
         backward(run, objective, piece, average=False)  # other processes may be waiting for its images
