@@ -1,6 +1,6 @@
 """All tests: oracles, closed forms, invariants, bad input; real runs that are killed, resumed and split.
 
-    python test_all.py            # everything, offline, some 90 seconds on two quiet cores
+    python test_all.py            # everything, offline, half a minute on two quiet cores
     python test_all.py nce mask   # only tests whose name contains one of these words
 
 Collected by pytest, too, but for those of a GPU. The last line is "N passed, N failed".
