@@ -120,7 +120,7 @@ PAPER = dict(ema=0.9999, ema_ramp=False, depth=6,  # paper: these, and Config's 
              image_size=256, crop_ratios=(1.1, 1.05), base_lr=1e-4, warmup=0, schedule="constant",  # LlamaGen
              samples=8, sample_cfg=4.0, save_every=5000)  # our choice
 PRESETS = {
-    "nano": dict(data="shapes", tokenizer="shipped", codes=256, model="nano", depth=2, steps=600, batch=32,
+    "nano": dict(data="shapes", tokenizer="shipped", codes=256, model="nano", depth=2, steps=2000, batch=32,
                  base_lr=2e-3 * 256 / 32, warmup=50, save_every=100, eval_images=200),  # a rate of 2e-3
     "tiny": dict(tokenizer="shipped", batch=512, base_lr=5e-4, warmup=500, save_every=2000),
     "small": dict(tokenizer="shipped", image_size=64, model="small", depth=6, ema=0.996, base_lr=8e-4,
