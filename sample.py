@@ -357,7 +357,10 @@ def save_image(path: str | Path, image: Image.Image) -> None:
 
 def image_grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None,
                title: str = "") -> Image.Image:
-    """uint8 (N, S, S, 3) -> one picture, row by row, small images enlarged to 96 pixels, captions below."""
+    """uint8 (N, S, S, 3) -> one picture, row by row, small images enlarged to 96 pixels.
+
+    captions, if there are any, stand below the images, the title above all.
+    """
     gap, cell, top = 4, max(96, pixels.shape[1]), 22 if title else 0
     across, down = cell + gap, cell + gap + (16 if captions else 0)  # from one image to the next
     height = top + gap + math.ceil(len(pixels) / columns) * down

@@ -63,12 +63,12 @@ class Config:
     tokenizer: str = "train"  # a file, or shipped (with the code), or train (one for these images)
     tokenizer_steps: Count = 20000  # training steps of that tokenizer
     codes: Annotated[int, 2, 65535] = 1024  # codebook size of that tokenizer
-    image_size: Count = 32  # side of the square crops, pixels
+    image_size: Annotated[int, 8, 4096] = 32  # side of the square crops, pixels
     crop_ratios: Annotated[float, 1, 10] = (1.1,)  # the image is enlarged by each, and ten crops are taken
     cache: str = "cache"  # folder for tokenizers and token caches
     # model
     model: str = "tiny"  # a row of model.SIZES
-    dropout: Share = 0.1  # LlamaGen: of tokens, attention and feed-forward outputs
+    dropout: Annotated[float, 0, 0.9] = 0.1  # LlamaGen: of tokens, attention and feed-forward outputs
     # method
     losses: str = "ar+mim+step+view"  # the terms of Eq. 8
     views: Count = 2  # paper: views of each image in a batch (V)
@@ -77,7 +77,7 @@ class Config:
     depth: Count = 3  # the block that the contrastive losses compare; paper: the middle one
     alpha: Weight = 1.0  # paper: weight of L_MIM
     beta: Weight = 0.5  # paper: weight of (L_step + L_view) / 2
-    temperature: Positive = 0.2  # our choice: temperature of InfoNCE; the paper prints none
+    temperature: Annotated[float, 1e-3, 1e3] = 0.2  # our choice: temperature of InfoNCE; the paper prints none
     ema: Share = 0.99  # decay of the teacher (m); paper: 0.9999
     ema_ramp: bool = True  # our choice for short runs: raise the decay to 1 along half a cosine
     class_dropout: Share = 0.1  # LlamaGen: share of labels made the null class, for guidance
@@ -92,14 +92,14 @@ class Config:
     weight_decay: Weight = 0.05  # LlamaGen: decay of matrices, embeddings included
     clip: Positive = 1.0  # LlamaGen: largest gradient norm
     # run
-    seed: Natural = 0  # of all that is random, except the tokenizer's training
+    seed: Annotated[int, 0, 2 ** 32 - 1] = 0  # of all that is random but the tokenizer and which images are held out
     device: str = ""  # cpu, cuda or cuda:N; default: cuda if there is one
     compile: bool = True  # torch.compile; by default on a GPU, and for tiny on a CPU
     log_every: Count = 10  # steps between lines of metrics.jsonl
     save_every: Count = 500  # steps between checkpoints, validation losses and sample grids
     eval_images: Count = 2000  # held-out images for the validation loss
-    samples: Natural = 40  # images in a sample grid; 0: none
-    sample_cfg: Weight = 2.0  # guidance scale of the sample grid
+    samples: Annotated[int, 0, 1000] = 40  # images in a sample grid; 0: none
+    sample_cfg: Annotated[float, 1, 100] = 2.0  # guidance scale of the sample grid
 
     @property
     def terms(self) -> list[str]:
@@ -155,8 +155,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Config, dict, bool]:
             how = dict(action=argparse.BooleanOptionalAction)
         elif field.type is str:
             how = dict(choices=CHOICES.get(field.name))
-        else:
-            how = dict(type=tokenizer.within(field.type.__origin__, *field.type.__metadata__))  # int, 1, inf
+        else:  # Annotated[int, 1, inf]: the kind, the lowest and the highest value
+            how = dict(type=tokenizer.within(field.type.__origin__, *field.type.__metadata__))
         if isinstance(field.default, tuple):
             how["nargs"] = "+"
         default = "by preset, see PRESETS in train.py" if field.name in by_preset else field.default
@@ -480,7 +480,8 @@ def compiled(run: Run, objective: nn.Module, batch: Batch) -> nn.Module:
         reason = " ".join(str(error).split())[:200]
         print(f"!! torch.compile fails here ({type(error).__name__}: {reason}): training without it, slower.")
         fast = objective
-        backward(run, objective, piece, average=False)  # other processes may be waiting for its images
+        if run.world > 1:  # the other processes are waiting for this one's images
+            backward(run, objective, piece, average=False)
     run.optimizer.zero_grad()
     return fast
 
