@@ -77,7 +77,7 @@ class Config:
     depth: Count = 3  # the block that the contrastive losses compare; paper: the middle one
     alpha: Weight = 1.0  # paper: weight of L_MIM
     beta: Weight = 0.5  # paper: weight of (L_step + L_view) / 2
-    temperature: Annotated[float, 1e-3, 1e3] = 0.2  # our choice: temperature of InfoNCE; the paper prints none
+    temperature: Annotated[float, 1e-3, 1e3] = 0.2  # our choice: of InfoNCE; the paper prints none
     ema: Share = 0.99  # decay of the teacher (m); paper: 0.9999
     ema_ramp: bool = True  # our choice for short runs: raise the decay to 1 along half a cosine
     class_dropout: Share = 0.1  # LlamaGen: share of labels made the null class, for guidance
@@ -92,7 +92,7 @@ class Config:
     weight_decay: Weight = 0.05  # LlamaGen: decay of matrices, embeddings included
     clip: Positive = 1.0  # LlamaGen: largest gradient norm
     # run
-    seed: Annotated[int, 0, 2 ** 32 - 1] = 0  # of all that is random but the tokenizer and which images are held out
+    seed: Annotated[int, 0, 2 ** 32 - 1] = 0  # of everything random but tokenizer and held-out images
     device: str = ""  # cpu, cuda or cuda:N; default: cuda if there is one
     compile: bool = True  # torch.compile; by default on a GPU, and for tiny on a CPU
     log_every: Count = 10  # steps between lines of metrics.jsonl
