@@ -639,14 +639,18 @@ def open_folder(source: str) -> ImageSet:
 
 def open_real(args: argparse.Namespace) -> ImageSet:
     """The training images that tokenizer.open_images finds in --real, or all of a folder without classes."""
+    classifier = args.features == "classifier"
     try:
-        return open_images(args.real, "train", args.subset)
+        images = open_images(args.real, "train", args.subset)
+        if len(images.classes) == 1 and (classifier or not args.subset):
+            raise ValueError(f"{args.real} has one class alone; a classifier needs two.")
+        return images
     except ValueError:
-        if args.features == "classifier" or args.subset:
+        if classifier or args.subset:
             raise
         images = open_folder(args.real)
-        if any("/" in name for name in images.names):  # it has folders: say what is wrong with them
-            raise
+        if len({name.rpartition("/")[0] for name in images.names}) > 1:
+            raise  # the sentence that says what is wrong with its folders
         return images
 
 
@@ -876,6 +880,8 @@ def main(argv: list[str] | None = None) -> None:
     images = None if args.real.endswith(".npz") else open_real(args)
     # the sides whose images are as they are; those of --real, unless it is an .npz, are cut to the same size
     given = [*samples.values()] if images else [npz_side(args.real), *samples.values()]
+    if args.resize != "adm" and any("mu_s" in side.statistics for side in given):
+        raise ValueError("a file with mu_s holds statistics of ADM's suite: leave --resize out.")
     size = common_size(images, given, args.image_size)
     if images and not size and (vq or classifier):
         size = min(images.read(0).size)

@@ -438,6 +438,8 @@ def open_subject(path: Path, args: argparse.Namespace, device: torch.device) -> 
     size, ratios = model.config.grid * vq.config.downsample, tuple(config.get("crop_ratios", (1.1,)))
     root = args.cache or config.get("cache", "cache")
     images = tokenizer.open_images(data, "train", subset)
+    if len(images.classes) < 2:
+        raise ValueError(f"{data} has one class alone, so that a probe has nothing to tell apart.")
     for key, value in tokenizer.cache_meta(images, vq, size, ratios).items():
         known = trained.data.get(key, value)
         if value != known:

@@ -208,7 +208,8 @@ def load_model(path: str | Path, ema: bool = False, image_size: int = 256,
             if not heads:
                 raise ValueError(f"{n_layer} layers of width {dim} are none of LlamaGen's sizes")
             args = rest.get("args")
-            side = getattr(args, "image_size", image_size) // getattr(args, "downsample_size", 16)
+            args = args if isinstance(args, dict) else getattr(args, "__dict__", {})
+            side = args.get("image_size", image_size) // args.get("downsample_size", 16)
             settings = dict(n_head=heads[0], num_tokens=side ** 2 if table is None else len(table) - 1)
         settings = settings | dict(n_layer=n_layer, dim=dim, vocab_size=vocab_size,
                                    num_classes=len(state[CLASS_TABLE]) - 1)
@@ -236,8 +237,8 @@ def open_trained(path: Path, vq_path: str | Path | None, ema: bool, image_size: 
     """
     file = path / "checkpoint.pt" if path.is_dir() else path
     model, rest = load_model(file, ema, image_size, device)
-    # other people's files may mean other things by these names
-    config, data = (rest[key] if isinstance(rest.get(key), dict) else {} for key in ("config", "data"))
+    ours = isinstance(rest.get("model_config"), dict)  # others may mean other things by "config" and "data"
+    config, data = (rest.get(key, {}) if ours else {} for key in ("config", "data"))
     if not vq_path and config:
         beside = file.with_name("tokenizer.pt")
         vq_path = beside if beside.exists() else config.get("tokenizer")
@@ -296,8 +297,9 @@ def save_npz(path: Path, one: Trained, count: int, batch: int, seed: int, precis
              **settings) -> None:
     """Write `count` images in the order of `mixed_labels` to an .npz in ADM's layout.
 
-    arr_0 uint8 (N, S, S, 3), arr_1 labels int64 (N,), `classes` their names in label order, and `protocol`, a
-    JSON string of how the images were made: model, tokenizer and every sampling setting.
+    arr_0 uint8 (N, S, S, 3), arr_1 labels int64 (N,), `protocol`, a JSON string of how the images were made
+    (model, tokenizer and every sampling setting), and `classes`, their names in label order where they are
+    known.
 
     The batch that begins with image i draws from seed + i: two files share no noise if their seeds differ by
     at least `count`. Under torchrun each process makes every WORLD_SIZE-th batch and rank 0 joins them; no
@@ -336,7 +338,10 @@ def save_npz(path: Path, one: Trained, count: int, batch: int, seed: int, precis
                 np.lib.format.write_array_header_1_0(array, header)
                 for part in parts:
                     array.write(np.load(part).tobytes())
-            for name, value in dict(arr_1=labels.numpy(), classes=one.classes, protocol=protocol).items():
+            others = dict(arr_1=labels.numpy(), classes=one.classes, protocol=protocol)
+            if not one.data:  # the names are invented
+                del others["classes"]
+            for name, value in others.items():
                 with archive.open(f"{name}.npy", "w") as array:
                     np.save(array, value)
 

@@ -31,7 +31,7 @@ import zipfile
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import scipy.linalg
@@ -254,7 +254,6 @@ def same(a, b):
     return a == b
 
 
-
 # ---- tokenizer.py ------------------------------------------------------------------------------------------
 
 def pack(folder, path, top=""):
@@ -293,7 +292,7 @@ def test_reader_layouts():
     assert few.classes == ["class1", "class3"] and len(few) == 22
     Image.new("RGB", (7, 5)).save(root / "plain" / train_set.names[0])  # another image, another fingerprint
     assert splits(root / "plain")[0].fingerprint != train_set.fingerprint
-    for names in (("Train", "Val"), ("training", "testing")):
+    for names in (("Train", "Val"), ("training/training", "testing/testing")):  # the second from Kaggle
         for name, each in zip(names, (3, 2)):
             write_images(root / names[0] / "around" / name, each=each)
         assert list(map(len, splits(root / names[0]))) == [12, 8], names
@@ -311,7 +310,9 @@ def test_reader_is_not_fooled():
                            ("class 'class2' no training", ["train/class0", "train/class1", "val/class2"]),
                            ("train and val class folders", ["train", "val"]),
                            ("images in val", ["train/images/cat", "train/images/dog", "val/images"]),
-                           ("test class folders", ["cat", "dog", "test"])):
+                           ("test class folders", ["cat", "dog", "test"]),
+                           ("A trainA", ["trainA/cat", "testA/cat", "valley"]),
+                           ("Set test train", ["one/train/cat", "one/testSet", "two/test/cat"])):
         for folder in folders:
             shutil.copytree(classes / "class0", root / words[:5] / folder)
         refuses(words, tokenizer.open_images, root / words[:5])
@@ -552,6 +553,27 @@ def test_downloads_are_checked():
     assert path.read_bytes() == b"abc"
 
 
+def test_machines_that_are_not_at_hand():
+    """Windows: slashes in names, no mapped weights. A GPU that torch was not built for. A batch job's log."""
+    names, relpath, log = our_images().names, os.path.relpath, io.StringIO()
+    with patch.object(os, "sep", "\\"), patch.object(
+            os.path, "relpath", lambda *paths: relpath(*paths).replace("/", "\\")):
+        assert our_images().names == names
+    with patch.object(tokenizer, "os", argparse.Namespace(name="nt")), patch.object(
+            torch, "load", return_value={}) as load:  # Windows could not replace the file
+        tokenizer.read_weights(workshop() / "vq.pt")
+    assert load.call_args.kwargs["mmap"] is False
+    old_gpu = dict(is_available=lambda: True, device_count=lambda: 1, set_device=lambda number: None,
+                   get_device_name=lambda number: "Tesla P100")
+    with patch.multiple(torch.cuda, **old_gpu), patch.object(
+            torch, "ones", side_effect=RuntimeError("no kernel image is available\nand advice")):
+        refuses("Tesla P100 --device cpu (no kernel image", tokenizer.choose_device, "")
+    with contextlib.redirect_stderr(log):
+        for _ in tokenizer.progress(range(3)):
+            time.sleep(0.11)
+    assert log.getvalue().count("\r") == 2  # the first and the last state, not each tenth of a second
+
+
 def test_tokenizer_script():
     root, train_it = workshop(), ["train", "--image-size", 16, "--steps", 2, "--batch", 2, "--data"]
     (root / "new.pt").write_text("old")
@@ -571,7 +593,6 @@ def test_tokenizer_script():
         input overwritten            | packed.zip --out packed.zip
         images folder name a file    | images --out images
         """, *train_it)
-
 
 
 # ---- model.py ----------------------------------------------------------------------------------------------
@@ -793,7 +814,6 @@ def test_ema_and_no_gradient_for_the_teacher(seed=0):
         assert h.grad is None, f"{name}: a gradient reaches the teacher; expected none"
 
 
-
 # ---- train.py ----------------------------------------------------------------------------------------------
 
 def a_config(**changes):
@@ -958,6 +978,7 @@ def test_float16_skips_a_step_that_overflows_and_goes_on():
         logs.append(train.train_step(half, half.objective, batch, 0))
     expected = train.train_step(single, single.objective, batch, 0)
     assert logs[0]["grad_norm"] == 0
+    assert train.states(half)["scaler"].get_scale() == scale  # what a checkpoint keeps
     close("gradient norm", logs[1]["grad_norm"], expected["grad_norm"], 0.01)
     assert 0 < abs(logs[1]["loss"] - expected["loss"]) < 0.01  # it is rounded
 
@@ -1157,15 +1178,17 @@ def test_training_goes_on_where_torch_compile_fails():
 
 
 def test_a_run_folder_belongs_to_one_process():
-    """Where the system has locks; elsewhere, as on Windows, a warning is all."""
+    """Where system and disk have locks; elsewhere, as on Windows or some clusters, a warning is all."""
     folder, resume = trained_run(), ["--name", "trained", "--resume"]
     with tokenizer.locked(folder):
         with contextlib.suppress(ImportError):
             __import__("fcntl")
             refuses("another process", run, train.main, *resume)
-        with patch.dict(sys.modules, fcntl=None):
-            said = run(train.main, *resume)
-    assert "!!" in said and "Done: runs/trained/" in said
+        refuse = MagicMock(**{"flock.side_effect": OSError(38, "Function not implemented")})
+        for system in (None, refuse):
+            with patch.dict(sys.modules, fcntl=system):
+                said = run(train.main, *resume)
+            assert "!!" in said and "(class0, class1, class2 ...)" in said and "Done: runs/trained/" in said
 
 
 # ---- sample.py ---------------------------------------------------------------------------------------------
@@ -1255,7 +1278,7 @@ def test_a_killed_npz_goes_on_with_its_own_parts_only():
             made.append(seed - 7)
             return original(model, vq, classes, seed, **settings)
 
-        one = sample.Trained("x", net, vq, list("abcde"), {}, {}, {"weights_digest": weights})
+        one = sample.Trained("x", net, vq, list("abcde"), {}, {"images": ""}, {"weights_digest": weights})
         with patch.object(sample, "sample_images", make), patch.dict(os.environ, processes):
             with contextlib.suppress(KeyboardInterrupt):
                 sample.save_npz(path, one, 10, 3, 7, "fp32", cfg=2.0)
@@ -1290,8 +1313,10 @@ def test_checkpoints_of_all_kinds():
     with patch.dict(model.SIZES, test=(3, 2, 32)):  # LlamaGen's files do not say how many heads there are
         assert same(load({"model": state | {"freqs_cis": torch.zeros(17, 8, 2)}, "steps": 7}), state)
         assert same(load({"state_dict": {f"module._orig_mod.{name}": state[name] for name in state}}), state)
+        blocks = {name.replace("layers.0", "layers.0._orig_mod"): state[name] for name in state}
         foreign = {"best": np.float64(1), "config": Path("x")} if skips_foreign else {}
-        assert same(load({"module": state, **foreign}), state)
+        assert same(load({"model_state_dict": blocks, "args": {"image_size": 64}, **foreign}), state)
+        assert sample.load_model(path)[0].config.num_tokens == 16
         refuses("no EMA weights", load, state, ema=True)
         refuses("no weights ema", load, {"ema": state})
         refuses("no transformer surprise", load, state | {"surprise": torch.zeros(1)})
@@ -1338,6 +1363,8 @@ def test_llamagens_files():
         holds a transformer     | gpt.pt --vq gpt.pt
         64 codes 16384          | gpt.pt --vq vq.pt
         """)
+    run(sample.main, "gpt.pt", "--vq", "vq_ds16.pt", "--num-images", 2, "--npz", "theirs")
+    assert "classes" not in np.load(root / "theirs.npz").files  # their names are not known
     (root / "vq_ds16.pt").unlink()
 
 
@@ -1356,7 +1383,6 @@ def test_sample_refuses():
         checkpoint.png               | runs/trained --out runs/trained/checkpoint.pt
         cannot write                 | runs/trained --out vq.pt/y.png
         """)
-
 
 
 # ---- probe.py ----------------------------------------------------------------------------------------------
@@ -1513,10 +1539,12 @@ def test_probe_script():
 def test_probe_refuses():
     saved = checkpoint(trained_run())
     renamed = altered(trained_run() / "checkpoint.pt", data=saved["data"] | {"classes": list("abcd")})
+    write_images(workshop() / "single", classes=1)
     refuses_all(probe.main, f"""
         there is no file none       | none
         holds no class-conditional  | vq.pt
         trained with classes        | {renamed}
+        one class alone             | runs/trained --data single
         same name                   | runs/trained runs/trained
         all                         | runs/trained --layers 9
         --images 1 at least 2       | runs/trained --images 1
@@ -1524,7 +1552,6 @@ def test_probe_refuses():
         cannot write vq.pt          | runs/trained --out vq.pt
         does not exist              | runs/trained --data nowhere
         """)
-
 
 
 # ---- fid.py ------------------------------------------------------------------------------------------------
@@ -1752,8 +1779,8 @@ def test_fid_of_two_folders_and_of_foreign_statistics():
     """As pytorch-fid: all images of two folders without classes; its statistics, if --resize says so."""
     root, weights = workshop(), inception_weights()
     pixels = np.random.default_rng(5).integers(0, 256, (2, 4, 8, 9, 3), dtype=np.uint8)
-    for folder, images in zip("ab", pixels):
-        (root / folder).mkdir()
+    for folder, images in zip(("a/all", "b"), pixels):  # one folder is no class either
+        (root / folder).mkdir(parents=True)
         for i, image in enumerate(images):
             Image.fromarray(image).save(root / folder / f"{i}.png")
     extract = fid.inception_extractor(fid.load_inception(weights, "")[0], "pytorch-fid")
@@ -1764,6 +1791,7 @@ def test_fid_of_two_folders_and_of_foreign_statistics():
         told, rows = scores("--real", name, *settings)
         close(f"FID to {name}", rows["b"]["FID"], fid.frechet_distance(*real, *fake), 1e-4)
         assert words in told
+    refuses("one class", run, fid.main, "--real", "a", "--fake", "b", "--features", "classifier")
 
 
 def test_fid_likely_mistakes():
@@ -1772,12 +1800,14 @@ def test_fid_likely_mistakes():
     images = np.zeros((4, 8, 8, 3), np.uint8)
     np.savez(root / "eight.npz", arr_0=images, arr_1=np.array([0, 1, 2, 9]))
     np.savez(root / "six.npz", arr_0=images[:, :6])
+    np.savez(root / "adm.npz", mu=np.ones(2), sigma=np.eye(2), mu_s=np.ones(2), sigma_s=np.eye(2))
     refuses_all(fid.main, """
         required: --fake             | --real images
         is empty                     | --real images --fake=
         need a folder                | --real eight.npz --fake real-half
         need a folder                | --real eight.npz --fake six.npz --subset none.txt
         does not exist               | --real nowhere --fake eight.npz
+        mu_s ADM                     | --real adm.npz --fake eight.npz --resize pytorch-fid
         squares 8 x 6                | --real images --fake six.npz
         sizes 16 x 16 8 x 8          | --real images --fake eight.npz --image-size 16
         other classes                | --real images --fake eight.npz --features classifier
@@ -1788,7 +1818,6 @@ def test_fid_likely_mistakes():
         ends in .json                | --real images --fake eight.npz --json eight.npz
         """, "--cache", "no-work")
     assert not (root / "no-work").exists()
-
 
 
 # ---- Bad input: every script's command line, and damaged files ---------------------------------------------

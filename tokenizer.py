@@ -502,6 +502,8 @@ def find_tokenizer(settings, images: ImageSet, device) -> Path:
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # others stay closed: EPS runs Ghostscript
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 VALIDATION = ("val", "valid", "validation", "dev", "eval", "test", "testing")  # the first that is there
+# in trainA and test_set, but not in valley
+SPLIT = re.compile("(?<![a-zA-Z])(?i:train(ing)?|val(id|idation)?|test(ing)?|dev|eval)(set)?(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -608,18 +610,20 @@ def _by_class(source, images: list[str], annotations: dict[str, str]) -> tuple[d
     def by_class(split):
         found = {}
         for name in tops.get(split, []):
-            folders = [folder for folder in name.split("/")[1:-1] if folder != "images"]
+            folders = [folder for folder in name.split("/")[1:-1] if folder not in ("images", split)]
             if folders:
                 found[name] = folders[0]
         return found
 
     training = by_class(splits.get("train")) or by_class(splits.get("training"))
     if not training:  # plain class folders
-        words = {"train", "training", *VALIDATION}
-        alike = [top for top in sorted(tops) if words & set(re.split("[^a-z]+", top.lower()))]
-        if 2 * len(alike) > len(tops) or splits.keys() & {*VALIDATION}:
-            raise ValueError(f"{source} has {' and '.join(alike)} where class folders are expected; lay the "
-                             "images out as train/<class>/*.jpg and val/<class>/*.jpg, or as <class>/*.jpg.")
+        # for each image the folders around it that are called like a split, such as trainA or test_set
+        alike = [[*filter(SPLIT.search, name.split("/")[:-1])] for name in images]
+        if 2 * sum(map(bool, alike)) > len(images) or splits.keys() & {*VALIDATION}:
+            told = " and ".join(sorted({folders[0] for folders in alike if folders}))
+            raise ValueError(f"{source} has {told} where class folders are expected; name the folder that "
+                             "holds the images as train/<class>/*.jpg and val/<class>/*.jpg, or as "
+                             "<class>/*.jpg, or lay them out so.")
         return {name: top for top, names in tops.items() for name in names}, {}
     # The annotations may still be there although somebody has sorted the images into class folders
     if annotated := annotations.keys() & set(images):
@@ -656,7 +660,7 @@ def list_files(path: Path) -> tuple[dict[str, tuple[int, int | None]], Callable[
                     size = os.path.getsize(os.path.join(folder, name))
                     files[f"{inside}/{name}".removeprefix("./")] = size, None
     elif path.is_file():
-        with reading(path, "complete zip of images"):
+        with reading(path, "complete zip of images (other archives have to be unpacked)"):
             archive = zipfile.ZipFile(path)
         for info in archive.infolist():
             if not info.is_dir() and not _hidden(info.filename):
@@ -1118,7 +1122,9 @@ def reading(path: str | Path, kind: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason, lines = type(error).__name__, str(error).strip().splitlines()
-        if lines and not isinstance(error, pickle.PickleError):  # whose advice is to let the file run code
+        if isinstance(error, pickle.PickleError):  # torch's advice would be to let the file run code
+            reason += ": if it holds objects beside weights, save its state_dict alone"
+        elif lines:
             said = lines[-1].strip()[:200].rstrip(".")
             reason = said if type(error) is ValueError else f"{reason}: {said}"
         raise ValueError(f"{path} is damaged or no {kind}; get it or write it again ({reason}).") from None
@@ -1152,7 +1158,7 @@ def read_weights(path: str | Path) -> dict:
                 content = torch.load(path, map_location="cpu", weights_only=True,
                                      mmap=zipped and os.name != "nt")  # Windows cannot replace a mapped file
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
+        raise ValueError(f"{path} holds no dictionary of weights; of a whole model save the state_dict().")
     return content
 
 
@@ -1160,13 +1166,14 @@ def find_weights(content: dict, known: str) -> dict:
     """The state dict in a file's `content` that has a weight called `known`; {} if there is none.
 
     It is `content` itself or below one of the usual names. What stands before all names is taken off, such as
-    "module." (several GPUs) and "_orig_mod." (torch.compile).
+    "module." (several GPUs), and "_orig_mod." (torch.compile) wherever it stands.
     """
-    for state in (*map(content.get, ("model", "module", "state_dict", "ema")), content):
+    for state in (*map(content.get, ("model", "module", "state_dict", "model_state_dict", "ema")), content):
         for name in state if isinstance(state, dict) else ():
             if str(name).endswith(known):
                 before = name.removesuffix(known)
-                return {name.removeprefix(before): weight for name, weight in state.items()}
+                return {name.removeprefix(before).replace("_orig_mod.", ""): weight
+                        for name, weight in state.items()}
     return {}
 
 

@@ -681,7 +681,8 @@ def main(argv: list[str] | None = None) -> None:
             size = sum(p.numel() for p in student.parameters()) / 1e6
             print(f"On a {'GPU' if device.type == 'cuda' else 'CPU'} --preset {config.preset} trains model "
                   f"{config.model} ({size:.2f}M parameters) on {readable:,} images of {len(images.classes)} "
-                  f"classes for {steps:,} steps of {config.batch} images.")
+                  f"classes ({', '.join(images.classes[:3])} ...) for {steps:,} steps of {config.batch} "
+                  "images.")
             open_folder(run)
         with noted_signals() as caught:
             train(run, caught)
