@@ -961,7 +961,7 @@ def choose_device(name: str = "") -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"--device {name}: write cpu, cuda or cuda:N. Apple's GPUs (mps) are untested here: "
-                         "their kernels differ; on a CPU the preset tiny takes ten to fifteen minutes.")
+                         "their kernels differ; on a CPU the preset tiny takes 10 to 25 minutes.")
     if name == "cpu":
         return torch.device("cpu")
     index = name.partition(":")[2]
