@@ -145,8 +145,8 @@ def recorded(model: Transformer, rows: int) -> Callable:
     cache = KVCache(model, rows)
     token = torch.zeros(rows, dtype=torch.long, device=model.output.weight.device)
     position = torch.ones_like(token[:1])
-    step = torch.compile(decode_step)
     try:  # the first call compiles; a recording may not
+        step = torch.compile(decode_step)
         step(model, token, position, cache)
     except Exception as error:  # no C compiler, a GPU too old for Triton ...: there is no common class
         reason = str(error).strip().split("\n")[0][:100]

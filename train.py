@@ -440,10 +440,10 @@ def train(run: Run, caught: list[int]) -> None:
             bar.set_postfix_str(f"ar {line['loss_ar']:.3f}, {speed}", refresh=False)
             with open(folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-            if due:
-                sample.save_curves(folder / "loss.png", folder / "metrics.jsonl")
             if due or stop:
                 save(run, done)
+            if due:  # last, since a picture that cannot be written must not cost the checkpoint
+                sample.save_curves(folder / "loss.png", folder / "metrics.jsonl")
         if stop:
             break
         history, clock = [], time.perf_counter()  # validation and saving are not part of the speed
@@ -468,20 +468,23 @@ def compiled(run: Run, objective: nn.Module, batch: Batch) -> nn.Module:
     """`objective` through torch.compile; if that fails for any reason, a sentence, and `objective` as it is.
 
     It is tried on a micro-batch of `batch`. Nothing changes by that: the gradients are discarded, and dropout
-    is seeded anew in each step.
+    is seeded anew in each step. With several processes a failure is a ValueError instead, because the others
+    may already be waiting for this one's images.
     """
     piece = batch.chunk(run.config.accumulate)[0]
     if run.rank == 0:
         print("Compiling the model, which takes a minute or two; --no-compile leaves it out.", flush=True)
     try:
+        if run.device.type == "cpu" and torch.__version__ < (2, 7):  # PyTorch's issue 147848
+            raise RuntimeError("before torch 2.7 it gets gradients wrong on one thread of a CPU")
         fast = torch.compile(objective)
         backward(run, fast, piece, average=False)["loss"].item()  # waits for the device
     except Exception as error:  # no compiler, no Triton, an old GPU ...
-        reason = " ".join(str(error).split())[:200]
-        print(f"!! torch.compile fails here ({type(error).__name__}: {reason}): training without it, slower.")
+        failed = f"torch.compile fails here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        if run.world > 1:
+            raise ValueError(f"{failed}; add --no-compile.") from None
+        print(f"!! {failed}: training without it, slower.")
         fast = objective
-        if run.world > 1:  # the other processes are waiting for this one's images
-            backward(run, objective, piece, average=False)
     run.optimizer.zero_grad()
     return fast
 
@@ -666,7 +669,8 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = make_optimizer(objective, config)
         dtype = None
         if device.type == "cuda":  # Ampere is the first with bfloat16; float16 needs the loss scaled
-            dtype = torch.bfloat16 if sample.has_bfloat16(device) else torch.float16
+            bfloat16 = from_first(lambda: sample.has_bfloat16(device))  # the same for all: gradients are shared
+            dtype = torch.bfloat16 if bfloat16 else torch.float16
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         run = Run(config, rank, world, device, dtype, vq, cache, held_out, objective, optimizer, scaler,
                   checkpoint["step"], steps)
