@@ -298,8 +298,8 @@ def save_npz(path: Path, one: Trained, count: int, batch: int, seed: int, precis
     """Write `count` images in the order of `mixed_labels` to an .npz in ADM's layout.
 
     arr_0 uint8 (N, S, S, 3), arr_1 labels int64 (N,), `protocol`, a JSON string of how the images were made
-    (model, tokenizer and every sampling setting), and `classes`, their names in label order where they are
-    known.
+    (model, tokenizer and every sampling setting), and, where they are known, `classes`, the names of the
+    classes in label order.
 
     The batch that begins with image i draws from seed + i: two files share no noise if their seeds differ by
     at least `count`. Under torchrun each process makes every WORLD_SIZE-th batch and rank 0 joins them; no

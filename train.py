@@ -650,8 +650,7 @@ def main(argv: list[str] | None = None) -> None:
                              "name its images and tokenizer with --data, --subset and --tokenizer.")
         cache = tokenizer.token_cache(images, vq, config.image_size, config.crop_ratios, config.cache)
         held_out = tokenizer.token_cache(held_out_images, vq, config.image_size, (), config.cache)
-        readable = int((cache.labels >= 0).sum())
-        T = cache.tokens.shape[2]
+        readable, T = int((cache.labels >= 0).sum()), cache.tokens.shape[2]
         steps = config.steps or readable // config.batch * config.epochs
         if readable < config.batch:
             raise ValueError(f"{data} has {readable} training images, fewer than --batch {config.batch}.")
@@ -669,7 +668,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = make_optimizer(objective, config)
         dtype = None
         if device.type == "cuda":  # Ampere is the first with bfloat16; float16 needs the loss scaled
-            bfloat16 = from_first(lambda: sample.has_bfloat16(device))  # the same for all: gradients are shared
+            bfloat16 = from_first(lambda: sample.has_bfloat16(device))  # the same everywhere
             dtype = torch.bfloat16 if bfloat16 else torch.float16
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         run = Run(config, rank, world, device, dtype, vq, cache, held_out, objective, optimizer, scaler,
