@@ -338,10 +338,8 @@ def save_npz(path: Path, one: Trained, count: int, batch: int, seed: int, precis
                 np.lib.format.write_array_header_1_0(array, header)
                 for part in parts:
                     array.write(np.load(part).tobytes())
-            others = dict(arr_1=labels.numpy(), classes=one.classes, protocol=protocol)
-            if not one.data:  # the names are invented
-                del others["classes"]
-            for name, value in others.items():
+            names = dict(classes=one.classes) if one.data else {}  # else they are invented
+            for name, value in dict(arr_1=labels.numpy(), **names, protocol=protocol).items():
                 with archive.open(f"{name}.npy", "w") as array:
                     np.save(array, value)
 

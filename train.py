@@ -668,7 +668,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = make_optimizer(objective, config)
         dtype = None
         if device.type == "cuda":  # Ampere is the first with bfloat16; float16 needs the loss scaled
-            bfloat16 = from_first(lambda: sample.has_bfloat16(device))  # the same everywhere
+            bfloat16 = from_first(lambda: sample.has_bfloat16(device))  # one for all processes
             dtype = torch.bfloat16 if bfloat16 else torch.float16
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         run = Run(config, rank, world, device, dtype, vq, cache, held_out, objective, optimizer, scaler,
